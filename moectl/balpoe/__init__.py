@@ -1,0 +1,1 @@
+"""Balanced product of calibrated experts for long-tailed classification."""

@@ -1,0 +1,278 @@
+"""The data sets of balpoe: a long-tailed training set, and validation and test images.
+
+Legend: N images, C channels, H W pixels, K classes.
+"""
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from moectl.balpoe.lists import load_lists
+from moectl.balpoe.longtail import class_sizes, select, split_indices
+from moectl.common.autoaugment import AutoAugment, TrivialAugment
+from moectl.common.images import Plain, Standard
+from moectl.engine.errors import UserError
+from moectl.engine.launch import offline
+from moectl.engine.sources import Augment, FolderSource, Source, TensorSource
+
+if TYPE_CHECKING:
+    from moectl.balpoe.settings import DataSection
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Data:
+    """Three sets of images and what is known about them."""
+
+    train: Source
+    val: Source
+    test: Source
+    class_counts: list[int]
+    """(K,) training images of each class."""
+    class_names: list[str]
+    val_indices: list[int]
+    """Positions of `val` in the held-out set, in the order of `val`."""
+    test_indices: list[int]
+    """Positions of `test` in the held-out set."""
+    facts: dict[str, object]
+    """Plain values for the records of a run; always `dataset`, `image_size`, `mean`, `std`."""
+
+
+class _Pool(NamedTuple):
+    """A balanced data set in memory, before its training part is made long-tailed."""
+
+    images: Tensor
+    """(N, 3, H, W) uint8, to train on."""
+    labels: NDArray[np.int64]
+    held_images: Tensor
+    """(N, 3, H, W) uint8, to be divided into validation and test."""
+    held_labels: NDArray[np.int64]
+    names: list[str]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    padding: int
+    degrees: float
+    flip: bool
+
+
+def load(data: "DataSection", seed: int) -> Data:
+    """Load the data set of the settings.
+
+    The training images are the same for every seed; the seed decides which held-out images of each
+    class validate.
+
+    Args:
+        data: section of the settings.
+        seed: of the division into validation and test.
+
+    Raises:
+        UserError: if files are missing or damaged, or settings do not fit the data set.
+    """
+    match data.dataset:
+        case "digits":
+            return _long_tailed(_digits(data), data, seed)
+        case "synthetic":
+            return _long_tailed(_synthetic(data), data, seed)
+        case "cifar10" | "cifar100":
+            return _long_tailed(_cifar(data), data, seed)
+        case "imagenet_lt" | "inat18" | "list":
+            return _from_files(data, seed)
+
+
+def _long_tailed(pool: _Pool, data: "DataSection", seed: int) -> Data:
+    n_max, classes = int(np.bincount(pool.labels).min()), len(pool.names)
+    sizes = class_sizes(n_max, classes, 1 / data.imbalance_ratio, data.profile)
+    if min(sizes) == 0:
+        raise UserError(
+            f"data.imbalance_ratio is {data.imbalance_ratio:g}, which leaves a class of"
+            f" {data.dataset} without images",
+            f"the largest class has {n_max}, so choose a ratio of at most {n_max}",
+        )
+    rows = select(pool.labels, sizes)
+    val, test = split_indices(pool.held_labels, data.val_fraction, seed)
+    augment, plain = _augment(pool, data), Plain(pool.mean, pool.std)
+
+    def held(part: NDArray[np.int64]) -> Source:
+        labels = torch.from_numpy(pool.held_labels[part])
+        return TensorSource(pool.held_images[torch.from_numpy(part)], labels, None, plain)
+
+    kept = pool.images[torch.from_numpy(rows)]
+    return Data(
+        train=TensorSource(kept, torch.from_numpy(pool.labels[rows]), augment, plain),
+        val=held(val),
+        test=held(test),
+        class_counts=sizes,
+        class_names=pool.names,
+        val_indices=val.tolist(),
+        test_indices=test.tolist(),
+        facts={
+            "dataset": data.dataset,
+            "image_size": pool.images.shape[-1],
+            "mean": pool.mean,
+            "std": pool.std,
+            "n_max": n_max,
+            "counts": sizes,
+            "imbalance_ratio": max(sizes) / min(sizes),
+        },
+    )
+
+
+def _augment(pool: _Pool, data: "DataSection") -> Augment:
+    cutout = min(16, pool.images.shape[-1] // 2) if data.cutout else 0
+    mean, std, padding, flip = pool.mean, pool.std, pool.padding, pool.flip
+    match data.augment:
+        case "standard":
+            return Standard(
+                mean, std, padding=padding, flip=flip, degrees=pool.degrees, cutout=cutout
+            )
+        case "autoaugment":
+            return AutoAugment(mean, std, padding=padding, flip=flip, cutout=cutout)
+        case "trivial":
+            return TrivialAugment(mean, std, padding=padding, flip=flip, cutout=cutout)
+        case "randaugment":
+            raise UserError(
+                f"data.augment is randaugment, which is not for the images of {data.dataset}",
+                "choose standard, autoaugment or trivial",
+            )
+
+
+def _stretched(images: Tensor, side: int) -> Tensor:
+    """Enlarge float images (N, C, H, W) bilinearly and round them to uint8."""
+    large = F.interpolate(images, size=(side, side), mode="bilinear", align_corners=False)
+    return large.round().clamp(0, 255).to(torch.uint8)
+
+
+def _digits(data: "DataSection") -> _Pool:
+    """Take scikit-learn's 1,797 scanned digits; two fifths of every class are held out."""
+    from sklearn.datasets import load_digits
+
+    scans = load_digits()
+    labels = scans.target.astype(np.int64)
+    side = data.image_size or 8
+    images = _stretched(torch.from_numpy(scans.images).float()[:, None] * (255 / 16), side)
+    images = images.expand(-1, 3, -1, -1)
+    held, train = split_indices(labels, 0.4, seed=0)
+    return _Pool(
+        images[torch.from_numpy(train)],
+        labels[train],
+        images[torch.from_numpy(held)],
+        labels[held],
+        names=[str(digit) for digit in range(10)],
+        mean=(0.3, 0.3, 0.3),
+        std=(0.35, 0.35, 0.35),
+        padding=max(side // 8, 1),
+        degrees=10.0,
+        flip=False,
+    )
+
+
+def _synthetic(data: "DataSection") -> _Pool:
+    """Make ten classes of coloured clouds, each a pattern of its own under noise."""
+    classes, per_class, held_per_class, side = 10, 100, 40, data.image_size or 16
+    draws = torch.Generator().manual_seed(0)
+    patterns = torch.randn(classes, 3, 4, 4, generator=draws)
+    labels = torch.arange(classes).repeat(per_class + held_per_class)
+    clouds = patterns[labels] + 0.7 * torch.randn(len(labels), 3, 4, 4, generator=draws)
+    images = _stretched(128 + 40 * clouds, side)
+    part = per_class * classes
+    return _Pool(
+        images[:part],
+        labels[:part].numpy(),
+        images[part:],
+        labels[part:].numpy(),
+        names=[f"cloud {number}" for number in range(classes)],
+        mean=(0.5, 0.5, 0.5),
+        std=(0.2, 0.2, 0.2),
+        padding=max(side // 8, 1),
+        degrees=10.0,
+        flip=False,
+    )
+
+
+def _cifar(data: "DataSection") -> _Pool:
+    """Read the official CIFAR files, after a download if need be."""
+    from torchvision import datasets
+
+    kind = datasets.CIFAR10 if data.dataset == "cifar10" else datasets.CIFAR100
+    if data.image_size not in {0, 32}:
+        raise UserError(
+            f"data.image_size is {data.image_size}, but the images of {data.dataset} are 32 x 32",
+            "leave it at 0",
+        )
+    folder = data.root / kind.base_folder
+    files = [name for name, _ in kind.train_list + kind.test_list] + [kind.meta["filename"]]
+    missing = [name for name in files if not (folder / name).is_file()]
+    if missing and (not data.download or offline()):
+        raise UserError(
+            f"{folder}: {', '.join(missing)} not found",
+            f"put the files of {kind.url} there, or allow the download"
+            " (data.download = true, no MOECTL_OFFLINE)",
+        )
+    if missing:
+        logger.warning("downloading %s to %s", kind.url, data.root)
+    try:
+        train, test = (
+            kind(data.root, train=part, download=bool(missing)) for part in (True, False)
+        )
+    except (OSError, RuntimeError) as error:
+        reason = f"cannot be downloaded ({error})" if missing else "not the official files"
+        raise UserError(
+            f"{folder}: {', '.join(missing or files)} {reason}",
+            f"put the files of {kind.url} there",
+        ) from None
+    return _Pool(
+        torch.from_numpy(train.data.transpose(0, 3, 1, 2)),
+        np.array(train.targets),
+        torch.from_numpy(test.data.transpose(0, 3, 1, 2)),
+        np.array(test.targets),
+        names=list(train.classes),
+        # The statistics of CIFAR-10 serve both sets, as in the literature.
+        mean=(0.4914, 0.4822, 0.4465),
+        std=(0.2023, 0.1994, 0.2010),
+        padding=4,
+        degrees=15.0,
+        flip=True,
+    )
+
+
+def _from_files(data: "DataSection", seed: int) -> Data:
+    """Take images named in list files; the training list is used as it stands."""
+    lists = load_lists(data)
+    val, test = lists.val, lists.test
+    if val is None:
+        labels = [label for _, label in test]
+        parts = split_indices(labels, data.val_fraction, seed)
+        val, test = ([test[row] for row in part] for part in parts)
+        val_indices, test_indices = (part.tolist() for part in parts)
+    else:
+        val_indices, test_indices = list(range(len(val))), list(range(len(test)))
+
+    def source(items: list[tuple[str, int]]) -> Source:
+        return FolderSource(items, lists.augment, lists.plain, data.workers)
+
+    counts = lists.class_counts
+    return Data(
+        train=source(lists.train),
+        val=source(val),
+        test=source(test),
+        class_counts=counts,
+        class_names=[str(number) for number in range(len(counts))],
+        val_indices=val_indices,
+        test_indices=test_indices,
+        facts={
+            "dataset": data.dataset,
+            "image_size": lists.side,
+            "mean": lists.mean,
+            "std": lists.std,
+            "n_max": max(counts),
+            "counts": counts,
+            "imbalance_ratio": max(counts) / min(counts),
+        },
+    )

@@ -1,0 +1,327 @@
+"""Accuracy, calibration, shifted test sets and expert diversity of a trained ensemble."""
+
+import csv
+import io
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from moectl.balpoe.data import Data, load
+from moectl.balpoe.longtail import shifted_indices
+from moectl.balpoe.losses import log_posterior, log_prior, target_log_priors, to_uniform
+from moectl.balpoe.model import BalpoeNet
+from moectl.balpoe.settings import BalpoeSettings
+from moectl.balpoe.report import report
+from moectl.common import calibration as calibrated
+from moectl.common import scores
+from moectl.engine import artefact, console
+from moectl.engine.errors import UserError
+from moectl.engine.files import write_json, write_text
+from moectl.engine.launch import build_accelerator, gather_rows
+from moectl.engine.references import find_weights
+from moectl.engine.sources import Source
+from moectl.engine.tracking import loads_or_none
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from rich.table import Table
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module, source: Source, accelerator: "Accelerator", batch_size: int, batches: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Return the expert logits (N, E, K) in fp32 and the labels (N,), in data-set order, on the CPU.
+
+    Args:
+        model: in eval mode, the same on every process.
+        source: the data; dealt out over all processes.
+        accelerator: devices and processes.
+        batch_size: images per forward pass.
+        batches: stop after so many; 0 takes all.
+    """
+    rank, world = accelerator.process_index, accelerator.num_processes
+    kept = []
+    ordered = source.ordered(batch_size, accelerator.device, rank, world)
+    for number, (images, labels) in enumerate(ordered, 1):
+        kept.append((model(images.to(memory_format=torch.channels_last)).float(), labels))
+        if number == batches:
+            break
+    logits = torch.cat([part for part, _ in kept])
+    labels = torch.cat([part for _, part in kept])
+    total = len(source)
+    return gather_rows(accelerator, logits, total).cpu(), gather_rows(
+        accelerator, labels, total
+    ).cpu()
+
+
+def epoch_scores(
+    logits: Tensor, labels: Tensor, class_counts: list[int]
+) -> dict[str, float | None]:
+    """Return the validation scores of one epoch: ensemble, shots, experts, calibration."""
+    classes = len(class_counts)
+    ensemble = logits.mean(1)
+    found = _accuracies(ensemble, labels, class_counts)
+    probabilities = ensemble.softmax(1)
+    bins = calibrated.reliability(probabilities, labels)
+    experts = {
+        f"val/balanced_accuracy_expert_{number}": scores.balanced_accuracy(
+            logits[:, number].argmax(1), labels, classes
+        )
+        for number in range(logits.shape[1])
+    }
+    return {
+        "val/loss": calibrated.negative_log_likelihood(probabilities, labels),
+        **{f"val/{name}": value for name, value in found.items()},
+        "val/ece": calibrated.expected_calibration_error(bins),
+        **experts,
+    }
+
+
+def _accuracies(
+    class_scores: Tensor, labels: Tensor, class_counts: list[int]
+) -> dict[str, float | None]:
+    classes = len(class_counts)
+    predictions = class_scores.argmax(1)
+    per_class = scores.per_class_accuracy(predictions, labels, classes)
+    shots = scores.grouped_accuracy(per_class, scores.shot_groups(class_counts))
+    return {
+        "accuracy": scores.accuracy(predictions, labels),
+        "balanced_accuracy": scores.balanced_accuracy(predictions, labels, classes),
+        **{f"accuracy_{name}": value for name, value in shots.items()},
+    }
+
+
+def measure(
+    model: nn.Module, data: Data, settings: BalpoeSettings, accelerator: "Accelerator"
+) -> dict[str, Any]:
+    """Evaluate weights on the test set; the temperature is fitted on the validation set.
+
+    Returns:
+        A JSON document: `scores` (the headline numbers), `accuracy`, `per_class`, `confusion`, `shifted`,
+        `calibration`, `reliability`, `diversity`.
+    """
+    size = settings.eval.batch_size
+    logits, labels = predict(model, data.test, accelerator, size)
+    val_logits, val_labels = predict(model, data.val, accelerator, size)
+    prior = log_prior(data.class_counts)
+    taus = torch.tensor(settings.taus)
+    accuracy = accuracy_table(logits, labels, data.class_counts, taus)
+    calibration = calibration_table(logits, labels, prior, taus, settings.eval.bins)
+    ensemble = logits.mean(1)
+    calibration["ensemble"]["temperature"] = calibrated.fit_temperature(
+        val_logits.mean(1), val_labels
+    )
+    bins = {
+        "ensemble": ensemble,
+        **{f"expert_{number}": logits[:, number] for number in range(logits.shape[1])},
+    }
+    classes = len(data.class_counts)
+    fair = to_uniform(logits, prior, taus)
+    head = {
+        **accuracy["ensemble"],
+        **{name: calibration["ensemble"][name] for name in ("ece", "mce", "nll")},
+    }
+    return {
+        "scores": head,
+        "accuracy": accuracy,
+        "per_class": scores.per_class_accuracy(ensemble.argmax(1), labels, classes),
+        "confusion": scores.confusion(ensemble.argmax(1), labels, classes).tolist(),
+        "shifted": shifted_table(logits, labels, prior, settings.eval.shifts),
+        "calibration": calibration,
+        "reliability": {
+            name: [
+                asdict(item)
+                for item in calibrated.reliability(z.softmax(1), labels, settings.eval.bins)
+            ]
+            for name, z in bins.items()
+        },
+        "diversity": asdict(
+            scores.expert_diversity(fair, labels, scores.shot_groups(data.class_counts))
+        ),
+        "class_names": list(data.class_names),
+        "class_counts": list(data.class_counts),
+        "images": len(labels),
+    }
+
+
+def accuracy_table(
+    logits: Tensor, labels: Tensor, class_counts: list[int], taus: Tensor
+) -> dict[str, dict[str, float | None]]:
+    """Accuracies of the ensemble and of each expert, as trained and moved to the uniform prior.
+
+    Args:
+        logits: (N, E, K).
+        labels: (N,).
+        class_counts: training images per class, K of them.
+        taus: (E,) prior strengths.
+    """
+    prior = log_prior(class_counts)
+    uniform = torch.full_like(prior, -math.log(len(class_counts)))
+    rows = {
+        "ensemble": logits.mean(1),
+        "ensemble_adjusted": log_posterior(logits, prior, taus, uniform),
+    }
+    adjusted = to_uniform(logits, prior, taus)
+    for number in range(logits.shape[1]):
+        rows[f"expert_{number}"] = logits[:, number]
+        rows[f"expert_{number}_adjusted"] = adjusted[:, number]
+    return {
+        name: {
+            **_accuracies(row, labels, class_counts),
+            "top5": scores.topk_accuracy(row, labels, min(5, row.shape[1])),
+        }
+        for name, row in rows.items()
+    }
+
+
+def calibration_table(
+    logits: Tensor, labels: Tensor, prior: Tensor, taus: Tensor, bins: int
+) -> dict[str, dict[str, float]]:
+    """Calibration of the ensemble, of each expert at its own target prior, and of each at the uniform one.
+
+    An expert trained with tau aims at the prior p(y)^(1 - tau); natively it is measured on test items
+    re-weighted to that prior. `kl` is the divergence of its mean prediction from the prior it aims at.
+
+    Source: Sanchez Aimar et al. 2023.
+    """
+    classes = logits.shape[2]
+    uniform = torch.full((classes,), 1 / classes)
+    targets = target_log_priors(prior, taus).exp()
+    adjusted = to_uniform(logits, prior, taus).softmax(2)
+    table = {"ensemble": _calibration(logits.mean(1).softmax(1), labels, uniform, bins)}
+    for number in range(logits.shape[1]):
+        native = logits[:, number].softmax(1)
+        table[f"expert_{number}"] = _calibration(native, labels, targets[number], bins)
+        table[f"expert_{number}_adjusted"] = _calibration(
+            adjusted[:, number], labels, uniform, bins
+        )
+    return table
+
+
+def _calibration(
+    probabilities: Tensor, labels: Tensor, target: Tensor, bins: int
+) -> dict[str, float]:
+    weights = scores.prior_weights(labels, target)
+    found = calibrated.calibration(probabilities, labels, bins, weights)
+    return {**found, "kl": calibrated.marginal_kl(probabilities, target, weights)}
+
+
+def shifted_table(
+    logits: Tensor, labels: Tensor, prior: Tensor, ratios: tuple[float, ...]
+) -> list[dict[str, Any]]:
+    """Accuracy under shifted test distributions, without and with knowledge of the test prior.
+
+    With a known prior q, log q is added to the ensemble logits, which aim at the uniform prior.
+    """
+    ensemble = logits.mean(1)
+    shapes = [("forward", ratio) for ratio in ratios] + [("uniform", 1.0)]
+    shapes += [("backward", ratio) for ratio in reversed(ratios)]
+    rows = []
+    n_max = int(torch.bincount(labels, minlength=len(prior)).max())
+    for profile, ratio in shapes if ratios else []:
+        chosen = torch.as_tensor(shifted_indices(labels.numpy(), profile, ratio, n_max))
+        kept, truth = ensemble[chosen], labels[chosen]
+        counts = torch.bincount(truth, minlength=len(prior)).double()
+        known = kept + (counts / counts.sum() + 1e-12).log()
+        rows.append(
+            {
+                "profile": profile,
+                "ratio": ratio,
+                "images": len(truth),
+                "accuracy": scores.accuracy(kept.argmax(1), truth),
+                "accuracy_known_prior": scores.accuracy(known.argmax(1), truth),
+            }
+        )
+    return rows
+
+
+def write_evaluation(
+    folder: Path, name: str, document: Mapping[str, Any], weights: Mapping[str, Any]
+) -> None:
+    """Write `evals/NAME.json` and its tables as CSV."""
+    evals = folder / "evals"
+    evals.mkdir(exist_ok=True)
+    write_json(evals / f"{name}.json", {"weights": dict(weights), **document})
+    rows = [{"model": model, **row} for model, row in document["accuracy"].items()]
+    write_text(evals / f"{name}-accuracy.csv", _csv(rows))
+    rows = [{"model": model, **row} for model, row in document["calibration"].items()]
+    write_text(evals / f"{name}-calibration.csv", _csv(rows))
+    classes = zip(
+        document["class_names"], document["class_counts"], document["per_class"], strict=True
+    )
+    rows = [
+        {"class": label, "training_images": count, "accuracy": value}
+        for label, count, value in classes
+    ]
+    write_text(evals / f"{name}-classes.csv", _csv(rows))
+    if document["shifted"]:
+        write_text(evals / f"{name}-shifted.csv", _csv(document["shifted"]))
+
+
+def _csv(rows: list[dict[str, Any]]) -> str:
+    text = io.StringIO(newline="")
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def run_eval(settings: BalpoeSettings, reference: str, cpu: bool) -> tuple[dict[str, Any], "Table"]:
+    """Measure the weights that a reference names, write `evals/` and the report of its run.
+
+    Returns:
+        The JSON document, and a table of the accuracies and calibration errors.
+
+    Raises:
+        UserError: if the weights do not fit, or the data is not split as in the training.
+    """
+    path = find_weights(reference, "balpoe")
+    weights = artefact.load(path)
+    if not weights.facts:
+        raise UserError(
+            f"{path}: has no {path.name}.json beside it", "moectl balpoe import makes a run of it"
+        )
+    data = load(settings.data, settings.train.seed)
+    _same_split(data, path.parent)
+    accelerator = build_accelerator(settings.train, cpu)
+    model = BalpoeNet(**weights.facts["arguments"])
+    model.load_state_dict(weights.payload["state_dict"])
+    model.to(accelerator.device, memory_format=torch.channels_last).eval()
+    document = measure(model, data, settings, accelerator)
+    entry = {"file": path.name, "sha256": weights.sha256, "epoch": weights.facts["epoch"]}
+    if accelerator.is_main_process:
+        write_evaluation(path.parent, f"test@{_tag(reference, weights.facts)}", document, entry)
+        report(path.parent)
+    return {"run": str(path.parent), "weights": entry, **document}, _table(document)
+
+
+def _tag(reference: str, facts: Mapping[str, Any]) -> str:
+    wanted = reference.partition("@")[2]
+    return wanted if wanted in ("best", "last") else f"epoch{facts['epoch']}"
+
+
+def _same_split(data: Data, folder: Path) -> None:
+    stored = loads_or_none(folder / "split.json")
+    if stored is not None and stored != {"val": data.val_indices, "test": data.test_indices}:
+        raise UserError(
+            f"{folder / 'split.json'}: the data is split otherwise now, so the test images differ"
+        )
+
+
+def _table(document: Mapping[str, Any]) -> "Table":
+    rows: list[list[object]] = []
+    for name, row in document["accuracy"].items():
+        errors = document["calibration"].get(name, {})
+        shots = [row[f"accuracy_{shot}"] for shot in ("many", "medium", "few")]
+        rows.append(
+            [name, row["accuracy"], *shots, row["top5"], errors.get("ece"), errors.get("nll")]
+        )
+    columns = ("model", "accuracy", "many", "medium", "few", "top 5", "ECE", "NLL")
+    return console.table(columns, rows, f"{document['images']} test images")

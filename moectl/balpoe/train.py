@@ -1,0 +1,225 @@
+"""Training of the experts, and what comes out of it."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moectl import __version__
+from moectl.balpoe.data import Data, load
+from moectl.balpoe.eval import epoch_scores, measure, predict, write_evaluation
+from moectl.balpoe.losses import balpoe_loss, log_prior, mix, mixed_accuracy
+from moectl.balpoe.model import BalpoeNet, load_public, multiply_adds
+from moectl.balpoe.report import report
+from moectl.balpoe.settings import BalpoeSettings
+from moectl.engine import artefact
+from moectl.engine.errors import UserError
+from moectl.engine.files import write_json
+from moectl.engine.loop import Loop
+from moectl.engine.optim import build_optimizer, build_schedule
+from moectl.engine.run import Run
+from moectl.engine.seeding import seed_all
+from moectl.engine.settings import dump
+
+log = logging.getLogger(__name__)
+
+MONITOR = "val/balanced_accuracy"
+
+
+def train(settings: BalpoeSettings, run: Run[BalpoeSettings]) -> None:
+    """Train the experts, evaluate the last and the best epoch on the test set, and write the report."""
+    _warn(settings)
+    data = load(settings.data, settings.train.seed)
+    model = build(settings, data).to(run.device, memory_format=torch.channels_last)
+    optimizer = build_optimizer(settings.optim, model.parameters())
+    schedule = build_schedule(settings.schedule, settings.optim.lr, settings.train.epochs)
+    loop = run.loop(model, data.train, optimizer, schedule, MONITOR)
+    prior = log_prior(data.class_counts).to(run.device)
+    taus = torch.tensor(settings.taus, device=run.device)
+    if run.is_main:
+        _write_facts(settings, data, run.folder)
+    size = settings.eval.batch_size
+    loop.rehearse(lambda: predict(loop.evaluating(), data.val, run.accelerator, size, 1))
+
+    for step in loop:
+        images, labels = step.batch
+        loss_settings = settings.loss
+        plain = 0 < loss_settings.finetuning_start <= step.epoch
+        mode = "default" if plain else loss_settings.mix
+        mixed = mix(images, labels, mode, loss_settings.mixup_alpha, loss_settings.cutmix_alpha)
+        logits = loop.model(mixed.images)
+        loss, parts = balpoe_loss(logits, mixed, prior, taus)
+        accuracy = mixed_accuracy(logits.mean(1).argmax(1), mixed)
+        step.update(loss, **parts, accuracy=accuracy, mixing_weight=mixed.lam)
+        if step.ends_epoch:
+            validated = predict(loop.evaluating(), data.val, run.accelerator, size)
+            best = step.score(epoch_scores(*validated, data.class_counts))
+            _save(loop, data, step.epoch + 1, best=best)
+
+    _finish(settings, data, loop)
+
+
+def build(settings: BalpoeSettings, data: Data) -> nn.Module:
+    """Return the network with initial weights that depend on the seed alone."""
+    seed_all(settings.train.seed, "init")
+    return BalpoeNet(classes=len(data.class_counts), **settings.model.model_dump())
+
+
+def facts_of(settings: BalpoeSettings, data: Data) -> dict[str, Any]:
+    """Return what rebuilds the model and reads its outputs, as plain types."""
+    return {
+        "model": "BalpoeNet",
+        "arguments": {**settings.model.model_dump(), "classes": len(data.class_counts)},
+        "taus": list(settings.taus),
+        "class_counts": list(data.class_counts),
+        "class_names": list(data.class_names),
+        "moectl": __version__,
+    }
+
+
+def _save(loop: Loop, data: Data, epoch: int, *, best: bool) -> None:
+    """Write the weights files that are due after an epoch."""
+    run, settings = loop.run, loop.run.settings
+    due = (
+        epoch % settings.train.save_period == 0
+        or epoch == settings.train.epochs
+        or loop.patience_ends
+    )
+    if not (best or due):
+        return
+    payload = {
+        "arch": settings.model.arch,
+        "epoch": epoch,
+        "state_dict": _on_cpu(loop.module.state_dict()),
+        "optimizer": _on_cpu(loop.optimizer.state_dict()),
+        "monitor_best": loop.best["value"],
+        "config": dump(settings),
+        "criterion": {"name": "balpoe", "taus": list(settings.taus)},
+        "class_counts": list(data.class_counts),
+        "format_version": 1,
+    }
+    facts = facts_of(settings, data)
+    if due:
+        run.save_weights(f"checkpoint-epoch{epoch}.pth", payload, facts, epoch=epoch)
+    if best:
+        run.save_weights("model_best.pth", payload, facts, epoch=epoch, best=True)
+
+
+def _on_cpu(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().cpu().contiguous()
+    if isinstance(value, dict):
+        return {key: _on_cpu(item) for key, item in value.items()}
+    return [_on_cpu(item) for item in value] if isinstance(value, list) else value
+
+
+def _finish(settings: BalpoeSettings, data: Data, loop: Loop) -> None:
+    """Measure the last and the best weights on the test set, and draw what there is to see."""
+    run = loop.run
+    summary = {}
+    for entry in sorted(run.record["weights"], key=lambda item: bool(item["best"])):
+        last = not entry["best"] and entry["epoch"] == loop.epoch
+        if last or entry["best"]:
+            name = "best" if entry["best"] else "last"
+            weights = artefact.load(run.folder / entry["file"])
+            loop.module.load_state_dict(weights.payload["state_dict"])
+            document = measure(loop.evaluating(), data, settings, run.accelerator)
+            summary[name] = {"epoch": entry["epoch"], **document["scores"]}
+            if run.is_main:
+                write_evaluation(run.folder, f"test@{name}", document, entry)
+    run.note(scores=summary)
+    if run.is_main:
+        write_json(run.folder / "summary.json", summary)
+        report(run.folder)
+
+
+def _write_facts(settings: BalpoeSettings, data: Data, folder: Path) -> None:
+    write_json(folder / "config.json", dump(settings))
+    write_json(
+        folder / "class_counts.json", dict(zip(data.class_names, data.class_counts, strict=True))
+    )
+    write_json(folder / "split.json", {"val": data.val_indices, "test": data.test_indices})
+
+
+def _warn(settings: BalpoeSettings) -> None:
+    mean = sum(settings.taus) / len(settings.taus)
+    if abs(mean - 1) > 1e-6:
+        log.warning(
+            "the mean tau is %.3g, not 1: the ensemble does not aim at balanced classes", mean
+        )
+    alphas = {"mixup": settings.loss.mixup_alpha, "cutmix": settings.loss.cutmix_alpha}
+    if not any(alpha for name, alpha in alphas.items() if name in settings.loss.mix):
+        log.warning("images are not mixed: the product of experts assumes calibrated experts")
+
+
+def import_weights(path: Path, settings: BalpoeSettings, run: Run[BalpoeSettings]) -> None:
+    """Make a run of a public `.pth` of the original code, so that `eval` and later stages can use it."""
+    data = load(settings.data, settings.train.seed)
+    found = artefact.load(path)
+    state = load_public(found.payload.get("state_dict", found.payload))
+    model = build(settings, data)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        lines = str(error).splitlines()
+        raise UserError(
+            f"{path}: does not fit this model: {' '.join(lines[1:3]).strip()}",
+            "set --arch, --experts, --use-norm and the dimensions it was trained with",
+        ) from None
+    epoch = int(found.payload.get("epoch", 0))
+    payload = {
+        "arch": settings.model.arch,
+        "epoch": epoch,
+        "state_dict": state,
+        "format_version": 1,
+    }
+    name = f"checkpoint-epoch{epoch}.pth"
+    run.note(parents=[{"path": str(path), "sha256": found.sha256}])
+    _write_facts(settings, data, run.folder)
+    run.save_weights(name, payload, facts_of(settings, data), epoch=epoch)
+
+
+def size(settings: BalpoeSettings) -> dict[str, Any]:
+    """Return the size of the job without doing it: parameters, multiply-adds, updates, memory."""
+    offline = settings.data.model_copy(update={"download": False})
+    data = load(offline, settings.train.seed)
+    with torch.device("meta"):
+        model = BalpoeNet(classes=len(data.class_counts), **settings.model.model_dump())
+    parameters = sum(
+        parameter.numel() for parameter in model.parameters() if parameter.requires_grad
+    )
+    side = int(data.facts["image_size"])  # type: ignore[call-overload]
+    convolutions, head = multiply_adds(model, side)
+    batch, world = settings.train.batch_size, settings.train.accumulate
+    updates = -(-len(data.train) // batch)
+    return {
+        "training images": len(data.train),
+        "validation images": len(data.val),
+        "test images": len(data.test),
+        "classes": len(data.class_counts),
+        "parameters": parameters,
+        "multiply-adds per image": convolutions + head,
+        "updates per epoch": updates,
+        "updates": updates * settings.train.epochs,
+        "memory estimate (MiB)": round(
+            (16 * parameters + _activations(model, side) * batch / world) / 2**20
+        ),
+    }
+
+
+def _activations(model: nn.Module, side: int) -> float:
+    """Bytes that one image leaves for the backward pass: every module's output, in fp32."""
+    total = 0
+
+    def count(module: nn.Module, _: Any, output: Any) -> None:
+        nonlocal total
+        if not list(module.children()) and isinstance(output, Tensor):
+            total += output.numel()
+
+    hooks = [module.register_forward_hook(count) for module in model.modules()]
+    model(torch.empty(1, 3, side, side, device="meta"))
+    for hook in hooks:
+        hook.remove()
+    return 4.0 * total

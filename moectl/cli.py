@@ -1,0 +1,195 @@
+"""The table of contents of `moectl`, and how errors become exit codes."""
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+CONTENTS: dict[str, tuple[str, dict[str, str]]] = {
+    "balpoe": (
+        "Long-tailed classification with calibrated experts.",
+        {
+            "train": "Train the experts.",
+            "eval": "Measure accuracy and calibration of a trained run.",
+            "import": "Bring a public .pth of the original code into a run folder.",
+        },
+    ),
+    "presets": (
+        "Ready-made settings.",
+        {
+            "list": "List the presets.",
+            "show": "Print a preset with every setting explained.",
+            "validate": "Check preset files.",
+            "copy": "Copy a preset to a file of your own.",
+            "schema": "Print the JSON schema of a system's settings.",
+        },
+    ),
+    "runs": (
+        "What was run, and what came out.",
+        {
+            "list": "List the runs.",
+            "show": "Print one run.",
+            "compare": "Compare the settings and scores of runs.",
+            "report": "Draw the plots and the report of a run again.",
+            "export": "Write the weights of a run as safetensors.",
+        },
+    ),
+    "doctor": ("Check this machine and this installation.", {}),
+}
+_TOOLS = ("presets", "runs", "doctor")
+
+
+def _leaf(room: str, name: str) -> Any:
+    """Import the one module that has the command and build it."""
+    path = f"moectl.tools.{room}" if room in _TOOLS else f"moectl.{room}.cli"
+    module = importlib.import_module(path)
+    function = getattr(module, name, None) or getattr(module, f"{name}_")
+    app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+    app.command(name)(function)
+    return typer.main.get_command(app)
+
+
+class _Contents(TyperGroup):
+    """A group that knows its commands from the table and imports one only when it runs."""
+
+    def _lines(self) -> dict[str, str]:
+        raise NotImplementedError
+
+    def list_commands(self, ctx: Any) -> list[str]:  # noqa: ARG002
+        return list(self._lines())
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        names: Any = dict.fromkeys(self._lines())  # the base class suggests from these
+        self.commands = names
+        return super().resolve_command(ctx, args)
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Two plain columns: the rich listing would double the time to show it."""
+        self.format_usage(ctx, formatter)
+        self.format_help_text(ctx, formatter)
+        with formatter.section("Commands"):
+            formatter.write_dl(list(self._lines().items()))
+        with formatter.section("Options"):
+            formatter.write_dl([("--help", "Show this message and exit.")])
+
+
+class _Room(_Contents):
+    def _lines(self) -> dict[str, str]:
+        return CONTENTS[self.name or ""][1]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:  # noqa: ARG002
+        lines = self._lines()
+        if cmd_name not in lines:
+            return None
+        return _leaf(self.name or "", cmd_name)
+
+
+class _Root(_Contents):
+    def _lines(self) -> dict[str, str]:
+        return {name: line for name, (line, _) in CONTENTS.items()}
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:  # noqa: ARG002
+        if cmd_name not in CONTENTS:
+            return None
+        line, commands = CONTENTS[cmd_name]
+        if not commands:
+            return _leaf(cmd_name, cmd_name)
+        return _Room(name=cmd_name, help=line, no_args_is_help=True, short_help=line)
+
+
+app = typer.Typer(
+    cls=_Root,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={
+        "help_option_names": ["--help", "-h"],
+        "token_normalize_func": lambda token: token.replace("_", "-"),
+    },
+)
+
+
+@app.callback()
+def _root() -> None:
+    """Train, resume, measure and compare mixture-of-experts systems."""
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and exit: 0 done, 1 failed, 2 usage, 75 resumable, 130 second Ctrl-C."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    code = 0
+    try:
+        code = _run(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has seen enough
+        code = 1
+    except OSError as error:
+        _say(f"output could not be written: {error.strerror or error}")
+        code = 1
+    if code and sys.stdout is not None:
+        _drop_stdout()
+    sys.exit(code)
+
+
+def _drop_stdout() -> None:
+    """Keep the interpreter from failing once more on what it could not write."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _run(arguments: list[str]) -> int:
+    from moectl.engine.errors import Interrupted, RunFailed, UserError
+
+    debug = "--debug" in arguments
+    try:
+        return int(app(arguments, prog_name="moectl", standalone_mode=False) or 0)
+    except UserError as error:
+        _say(error.message, error.hint)
+        code = 2
+    except RunFailed as error:
+        _say(str(error))
+        code = 1
+    except Interrupted as error:
+        _say(f"stopped: {error}", "the same command with --resume goes on from here")
+        code = 75
+    except (KeyboardInterrupt, typer.Abort):
+        code = 130
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        if hasattr(error, "format_message"):  # the parser's own complaint
+            return _usage(error)
+        if debug:
+            raise
+        _say(f"{type(error).__name__}: {error}", "--debug shows where; a run's log.txt has it too")
+        code = 1
+    if debug:
+        import traceback
+
+        traceback.print_exc()
+    return code
+
+
+def _usage(error: Any) -> int:
+    """Explain a wrong command line; a dropped option of an original program names its successor."""
+    callback = getattr(getattr(error.ctx, "command", None), "callback", None)
+    successor = getattr(callback, "dropped", {}).get(getattr(error, "option_name", None))
+    where = error.ctx.command_path if error.ctx else "moectl"
+    if type(error).__name__ == "NoArgsIsHelpError":
+        error.show()
+    elif successor:
+        _say(f"{error.option_name} is not an option of {where}: {successor}")
+    else:
+        _say(error.format_message(), f"{where} --help")
+    return int(error.exit_code)
+
+
+def _say(message: str, hint: str = "") -> None:
+    from moectl.engine import console
+
+    console.error(message, hint)

@@ -1,0 +1,1 @@
+"""Tensors in, tensors out: pieces that two systems or more share."""

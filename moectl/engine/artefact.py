@@ -1,0 +1,101 @@
+"""Weights that other stages consume: a `.pth` file under the document's name and a `.json` sidecar.
+
+The file holds tensors and plain types only, so `torch.load(weights_only=True)` reads it. The sidecar says how to
+rebuild the model and carries the checksum.
+"""
+
+import io
+import json
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moectl.engine.errors import UserError
+from moectl.engine.files import sha256, write_bytes, write_json
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """A weights file that was read and checked."""
+
+    path: Path
+    payload: dict[str, Any]
+    facts: dict[str, Any]
+    """The sidecar; empty for a foreign file without one."""
+    sha256: str
+
+
+def save(path: Path, payload: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Write weights and sidecar and return the sidecar.
+
+    Args:
+        path: the weights file.
+        payload: what the file holds: `state_dict` and other tensors and plain types.
+        facts: how to rebuild the model, classes, scores and other plain values.
+    """
+    import torch
+
+    buffer = io.BytesIO()  # through memory: the bytes do not depend on the file's name
+    torch.save(dict(payload), buffer)
+    data = buffer.getvalue()
+    sidecar = {**facts, "file": path.name, "bytes": len(data), "sha256": sha256(data)}
+    write_bytes(path, data)
+    write_json(path.with_name(f"{path.name}.json"), sidecar)
+    return sidecar
+
+
+def load(path: Path) -> Artefact:
+    """Read a weights file without running code from it, and check it against its sidecar.
+
+    Raises:
+        UserError: if it is missing, damaged, or holds more than tensors and plain types.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    facts = _sidecar(path)
+    digest = sha256(data)
+    if facts and facts.get("sha256") != digest:
+        raise UserError(f"{path}: does not match the checksum in {path.name}.json")
+    payload = safe_load(data, str(path))
+    if not isinstance(payload, dict):
+        raise UserError(
+            f"{path}: holds a {type(payload).__name__}, expected a dictionary with weights"
+        )
+    return Artefact(path, payload, facts, digest)
+
+
+def safe_load(data: bytes, where: str) -> Any:
+    """Read what torch.save wrote, tensors and plain types only.
+
+    Raises:
+        UserError: naming `where`, if it holds anything else or is damaged.
+    """
+    from pickle import UnpicklingError  # noqa: TID251 - the name of the refusal, nothing is unpickled
+
+    import torch
+
+    try:
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except UnpicklingError:
+        raise UserError(
+            f"{where}: holds more than tensors and plain types, and is not read for safety",
+            "save its state_dict alone with torch.save and use that file",
+        ) from None
+    except (RuntimeError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise UserError(f"{where}: not a weights file ({reason[:160]})") from None
+
+
+def _sidecar(path: Path) -> dict[str, Any]:
+    sidecar = path.with_name(f"{path.name}.json")
+    if not sidecar.exists():
+        return {}
+    try:
+        facts = json.loads(sidecar.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{sidecar}: not valid JSON ({error})") from None
+    return dict(facts)

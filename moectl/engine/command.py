@@ -1,0 +1,214 @@
+"""Typer commands made from a settings class: one option per flagged field, and the common options."""
+
+import functools
+import inspect
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moectl.engine import console, presets
+from moectl.engine.errors import UserError
+from moectl.engine.options import COMMON, common_options, field_option, flag_of, python_name, shown
+from moectl.engine.settings import Settings, dump, fields, flatten, from_toml, resolve
+
+RESUMABLE = (
+    "train.epochs",
+    "train.log_every",
+    "train.save_minutes",
+    "train.keep",
+    "train.threads",
+    "train.max_time",
+    "train.tensorboard",
+    "train.wandb",
+    "data.workers",
+    "data.root",
+    "data.download",
+)
+"""Settings that may change when a run is resumed; the number of epochs may only grow."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line asked for."""
+
+    room: str
+    command: str
+    settings: Settings
+    origin: dict[str, str]
+    given: frozenset[str]
+    """Dotted keys set on the command line, in the environment or in presets."""
+    name: str
+    cpu: bool
+    out: Path | None
+    resume: str
+    folder: Path | None
+    """The run to resume, or to read."""
+    run: str
+    """The reference to the run to read, as given."""
+
+
+def command(
+    cls: type[Settings],
+    sections: Sequence[str],
+    *,
+    train: bool,
+    size: Callable[[Any], dict[str, Any]] | None = None,
+    dropped: dict[str, str] | None = None,
+) -> Callable[[Callable[..., Any]], Callable[..., None]]:
+    """Turn `function(request, …)` into a Typer command with options for the flagged fields.
+
+    Args:
+        cls: settings class of the system; its `env_prefix` names the system.
+        sections: the tables whose flagged fields become options.
+        train: whether the command makes a run (`--name --out --resume`), or reads one (`--run`).
+        size: returns the size of the job for `--dry-run`.
+        dropped: options of the original programs that are gone, with what replaced them.
+    """
+    room = str(cls.model_config.get("env_prefix", "")).removeprefix("MOECTL_").strip("_").lower()
+    flags = {
+        key: info
+        for key, info in fields(cls).items()
+        if key.split(".")[0] in sections and flag_of(info)
+    }
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., None]:
+        own = list(inspect.signature(function).parameters.values())[1:]
+
+        @functools.wraps(function)
+        def run_command(**values: Any) -> None:
+            common = {name: values.pop(name) for name in list(values) if name in COMMON}
+            given = {key: values.pop(python_name(key)) for key in flags}
+            given = {key: value for key, value in given.items() if value is not None}
+            console.setup(quiet=common["quiet"], as_json=common["json"])
+            request = _request(cls, room, function.__name__.strip("_"), given, common, train)
+            if common["dry_run"]:
+                _show(request, size(request.settings) if size else {})
+            else:
+                _prepare(request)
+                function(request, **values)
+
+        parameters = [*own, *(field_option(key, info) for key, info in flags.items())]
+        parameters += common_options(room, train)
+        run_command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run_command.dropped = dropped or {}  # type: ignore[attr-defined]
+        return run_command
+
+    return decorate
+
+
+def _request(
+    cls: type[Settings],
+    room: str,
+    verb: str,
+    given: dict[str, Any],
+    common: dict[str, Any],
+    train: bool,
+) -> Request:
+    files = [presets.find(room, name).path for name in common["preset"]]
+    default_name = "+".join(path.stem for path in files) or verb
+    name = presets.check_name(common.get("name") or default_name.replace("+", "-")[:60], "run name")
+    resume = common.get("resume") or ""
+    folder = _resumed(room, name, resume)
+    if resume and common["out"]:
+        raise UserError(
+            "--resume and --out exclude each other", "--resume REF already names the folder"
+        )
+    if not train:
+        folder = _read(room, common["run"])
+    stored = [folder / "settings.toml"] if folder else []
+    settings, origin = resolve(cls, given, common["set"], [*stored, *files])
+    if folder and train:
+        _refuse_changes(cls, folder, settings)
+    changed = frozenset(
+        key for key, where in origin.items() if where not in ("default", "settings.toml")
+    )
+    return Request(
+        room=room,
+        command=verb,
+        settings=settings,
+        origin=origin,
+        given=changed,
+        name=name,
+        cpu=common["cpu"],
+        out=common.get("out"),
+        resume=resume,
+        folder=folder,
+        run=common.get("run", ""),
+    )
+
+
+def _read(room: str, reference: str) -> Path:
+    from moectl.engine.references import find_run
+
+    path = Path(reference)
+    return path.parent if path.is_file() else find_run(reference.partition("@")[0], room)
+
+
+def _resumed(room: str, name: str, resume: str) -> Path | None:
+    from moectl.engine import references
+
+    if resume == "auto":
+        return references.newest_unfinished(room, name)
+    return references.find_run(resume, room) if resume else None
+
+
+def _refuse_changes(cls: type[Settings], folder: Path, settings: Settings) -> None:
+    """A resumed run keeps its settings, but for those that cannot change its result."""
+    old, new = flatten(dump(from_toml(cls, folder / "settings.toml"))), flatten(dump(settings))
+    changed = [key for key in new if new[key] != old.get(key)]
+    refused = [key for key in changed if key not in RESUMABLE]
+    if "train.epochs" in changed and new["train.epochs"] < old["train.epochs"]:
+        refused.append("train.epochs")
+    if refused:
+        listed = ", ".join(
+            f"{key} = {new[key]!r} (the run has {old.get(key)!r})" for key in refused
+        )
+        raise UserError(
+            f"{folder}: cannot resume with other settings: {listed}", "start a new run for that"
+        )
+
+
+def _prepare(request: Request) -> None:
+    """Set what must be set before torch is imported."""
+    from moectl.engine.launch import choose_threads
+
+    train = getattr(request.settings, "train", None)
+    choose_threads(train.threads if train else 0)
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+
+def _show(request: Request, size: dict[str, Any]) -> None:
+    """Print every setting with the place it came from, and the size of the job."""
+    values = flatten(dump(request.settings))
+    rows = [
+        (key, shown(value) or "", request.origin.get(key, "default"))
+        for key, value in values.items()
+    ]
+    rows += [(f"({name})", value, "computed") for name, value in size.items()]
+    document = {
+        "settings": {
+            key: {"value": value, "from": request.origin.get(key, "default")}
+            for key, value in values.items()
+        },
+        "size": size,
+    }
+    console.result(document, console.table(("setting", "value", "from"), rows))
+
+
+def open_run(request: Request) -> Any:
+    """Create the run that a training command asked for, or reopen the one it resumes."""
+    from moectl.engine import run
+    from moectl.engine.launch import build_accelerator
+
+    settings: Any = request.settings
+    folder: Path | None = request.folder
+    precision = str(run.read_record(folder)["precision"]) if folder else ""
+    accelerator = build_accelerator(settings.train, request.cpu, precision)
+    if folder:
+        return run.reopen(folder, settings, accelerator, auto=request.resume == "auto")
+    return run.create(
+        settings, accelerator, room=request.room, command=request.command,
+        name=request.name, out=request.out, origin=request.origin,
+    )  # fmt: skip

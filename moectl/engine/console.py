@@ -1,0 +1,158 @@
+"""What a person sees: results on stdout, everything else on stderr."""
+
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.table import Table
+
+log = logging.getLogger("moectl")
+
+
+class _Talk(Console):
+    """A console that falls silent when its reader goes away: a run must outlive its terminal."""
+
+    def on_broken_pipe(self) -> None:
+        """Send the rest to nowhere."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+
+
+_talk = _Talk(stderr=True, highlight=False)
+_state = {"json": False, "quiet": False}
+
+
+class _StderrHandler(logging.Handler):
+    """Prints records above a running progress bar; colour only for warnings and errors."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        style = {"WARNING": "yellow", "ERROR": "red"}.get(record.levelname)
+        prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
+        _talk.print(prefix + record.getMessage(), style=style, markup=False, soft_wrap=True)
+
+
+def setup(*, quiet: bool = False, as_json: bool = False) -> None:
+    """Route the log to stderr. Ranks other than 0 speak only to warn."""
+    _state.update(json=as_json, quiet=quiet)
+    main = os.environ.get("RANK", "0") == "0"
+    log.handlers = [_StderrHandler(logging.WARNING if quiet or not main else logging.INFO)]
+    log.setLevel(logging.INFO)
+    log.propagate = False
+
+
+def log_to(path: Path) -> logging.Handler:
+    """Append the log to a file as well: everything of rank 0, warnings of the others."""
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log.addHandler(handler)
+    return handler
+
+
+def error(message: str, hint: str = "") -> None:
+    """Print one red line, and a hint below it."""
+    try:
+        _talk.print(f"error: {message}", style="red", markup=False, soft_wrap=True)
+        if hint:
+            _talk.print(f"hint: {hint}", markup=False, soft_wrap=True)
+    except OSError:
+        pass  # stderr is closed; the exit code still speaks
+
+
+def result(document: Any, shown: "Table | str") -> None:
+    """Print the result of a command: the document as JSON with `--json`, else the text or table."""
+    if _state["json"]:
+        sys.stdout.write(json.dumps(document, indent=2, allow_nan=False) + "\n")
+    elif isinstance(shown, str):
+        sys.stdout.write(shown if shown.endswith("\n") else shown + "\n")
+    else:
+        # A pipe gets the full width, so that no cell is cut.
+        width = None if sys.stdout.isatty() else 10_000
+        Console(file=sys.stdout, width=width, highlight=False).print(shown)
+    sys.stdout.flush()
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: str = "") -> Table:
+    """Build a plain table; numbers are aligned to the right."""
+    from rich import box
+
+    built = Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    for number, column in enumerate(columns):
+        numeric = bool(rows) and all(isinstance(row[number], int | float | None) for row in rows)
+        built.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        built.add_row(*(cell(value) for value in row))
+    return built
+
+
+def cell(value: object) -> str:
+    """Write a value for people: floats with four significant digits, nothing for None."""
+    if value is None:
+        return "–"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+class Progress(Protocol):
+    """The line that moves."""
+
+    def update(self, done: int, text: str) -> None:
+        """Show `done` of the total and a few words."""
+        ...
+
+
+class _Silent:
+    def update(self, done: int, text: str) -> None:
+        pass
+
+
+class _Lines:
+    """For logs: a plain line now and then, so that a long epoch is not silent."""
+
+    def __init__(self, total: int, seconds: float = 30.0) -> None:
+        self.total, self.seconds, self.last = total, seconds, time.monotonic()
+
+    def update(self, done: int, text: str) -> None:
+        if time.monotonic() - self.last >= self.seconds:
+            self.last = time.monotonic()
+            log.info("%d/%d %s", done, self.total, text)
+
+
+class _Bar:
+    def __init__(self, bar: Any, task: Any) -> None:
+        self.bar, self.task = bar, task
+
+    def update(self, done: int, text: str) -> None:
+        self.bar.update(self.task, completed=done, words=text)
+
+
+@contextmanager
+def progress(total: int, done: int = 0) -> Iterator[Progress]:
+    """Show a bar on a terminal, a line every half minute elsewhere, nothing when quiet."""
+    if _state["quiet"] or os.environ.get("RANK", "0") != "0":
+        yield _Silent()
+    elif not _talk.is_terminal or "CI" in os.environ:
+        yield _Lines(total)
+    else:
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as RichProgress
+
+        columns = (
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[words]}"),
+            TimeRemainingColumn(),
+        )
+        with RichProgress(*columns, console=_talk, transient=True) as bar:
+            yield _Bar(bar, bar.add_task("", total=total, completed=done, words=""))
+
+
+def summary(scores: Mapping[str, float | None]) -> str:
+    """Write scores as one line, for instance `loss 1.234  val/accuracy 0.512`."""
+    return "  ".join(f"{name} {cell(value)}" for name, value in scores.items())

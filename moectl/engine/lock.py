@@ -1,0 +1,32 @@
+"""One writer per run folder."""
+
+import fcntl
+import os
+import socket
+from datetime import UTC, datetime
+from pathlib import Path
+
+from moectl.engine.errors import UserError
+
+
+class Lock:
+    """One writer per run folder; the kernel lets go when the process dies, however it dies."""
+
+    def __init__(self, folder: Path) -> None:
+        self._file = (folder / "run.lock").open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._file.seek(0)
+            raise UserError(
+                f"{folder}: another process is writing here ({self._file.read().strip()})"
+            ) from None
+        self._file.truncate(0)
+        self._file.write(
+            f"process {os.getpid()} on {socket.gethostname()} since {datetime.now(UTC).isoformat(timespec='seconds')}\n"
+        )
+        self._file.flush()
+
+    def release(self) -> None:
+        """Let others write. The file stays: removing it would let two writers in."""
+        self._file.close()

@@ -1,0 +1,94 @@
+"""Finding earlier runs by a short name: a path, `latest`, `NAME` or `ROOM/NAME`, each with `@best|@last|@N`."""
+
+from pathlib import Path
+from typing import Any
+
+from moectl.engine.errors import UserError
+from moectl.engine.run import read_record, runs_root
+from moectl.engine.settings import nearest
+from moectl.engine.tracking import loads_or_none
+
+
+def all_runs(room: str | None = None) -> list[tuple[Path, dict[str, Any]]]:
+    """Return (folder, record) of every run, newest first; folders without a record are left out."""
+    found = []
+    for record_file in runs_root().glob(f"{room or '*'}/*/run.json"):
+        record = loads_or_none(record_file)
+        if isinstance(record, dict):
+            found.append((record_file.parent, record))
+    return sorted(
+        found, key=lambda run: (str(run[1].get("started", "")), run[0].name), reverse=True
+    )
+
+
+def find_run(reference: str, room: str | None = None, status: str = "") -> Path:
+    """Return the folder of the run that a reference names.
+
+    Args:
+        reference: a path, `latest`, the beginning of a run's name, or `ROOM/NAME`.
+        room: the system to look in, if the reference does not say.
+        status: for `latest`, only runs in this status.
+
+    Raises:
+        UserError: if there is no such run, or several.
+    """
+    path = Path(reference)
+    if (path / "run.json").is_file():
+        return path
+    if path.is_dir():
+        read_record(path)
+    if "/" in reference:
+        room, _, reference = reference.partition("/")
+    runs = all_runs(room)
+    if reference == "latest":
+        matching = [
+            folder for folder, record in runs if not status or record.get("status") == status
+        ]
+        if not matching:
+            kind = f"{status} run" if status else "run"
+            raise UserError(f"no {kind} of {room or 'any system'} under {runs_root()}")
+        return matching[0]
+    matching = [folder for folder, _ in runs if folder.name == reference]
+    matching = matching or [folder for folder, _ in runs if folder.name.startswith(reference)]
+    if len(matching) == 1:
+        return matching[0]
+    if matching:
+        names = ", ".join(f"{folder.parent.name}/{folder.name}" for folder in matching[:8])
+        raise UserError(f"{reference}: {len(matching)} runs begin like this", f"one of {names}")
+    known = [folder.name for folder, _ in runs]
+    raise UserError(
+        f"{reference}: no such run under {runs_root()}{nearest(reference, known)}",
+        "moectl runs list shows them all",
+    )
+
+
+def find_weights(reference: str, room: str | None = None, default: str = "last") -> Path:
+    """Return the weights file that a reference names: a file, or a run with `@best`, `@last` or `@EPOCH`.
+
+    Raises:
+        UserError: if the run has no such weights.
+    """
+    if Path(reference).is_file():
+        return Path(reference)
+    name, _, wanted = reference.partition("@")
+    folder = find_run(name, room)
+    wanted = wanted or default
+    entries = read_record(folder).get("weights", [])
+    plain = [entry for entry in entries if not entry["best"]]
+    if wanted == "best":
+        plain = [entry for entry in entries if entry["best"]]
+    elif wanted != "last":
+        plain = [entry for entry in plain if str(entry["epoch"]) == wanted]
+    if plain:
+        newest = max(plain, key=lambda entry: int(entry["epoch"]))
+        return folder / str(newest["file"])
+    have = ", ".join("@best" if entry["best"] else f"@{entry['epoch']}" for entry in entries)
+    raise UserError(f"{folder}: no weights @{wanted}", f"it has: {have or 'none yet'}")
+
+
+def newest_unfinished(room: str, name: str) -> Path | None:
+    """Return the newest run of this name that is not finished, for schedulers that restart jobs."""
+    for folder, record in all_runs(room):
+        if record.get("name") == name and record.get("status") != "finished":
+            return folder
+    return None

@@ -1,0 +1,293 @@
+"""One tree of settings per system: layers, where each value came from, and TOML in and out."""
+
+import difflib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+
+from moectl.engine.errors import UserError
+from moectl.engine.toml import parse_toml, read_toml
+
+ENVIRONMENT = "MOECTL_"
+MACHINE_NAMES = frozenset({"MOECTL_RUNS", "MOECTL_OFFLINE"})
+"""Variables about the machine rather than about settings."""
+
+
+class Flag:
+    """Marks a field that has a typed option of its own on the command line.
+
+    Args:
+        names: option names such as "--lr"; the field's own name with hyphens if none is given.
+    """
+
+    def __init__(self, *names: str) -> None:
+        self.names = names
+
+
+class Section(BaseModel):
+    """One table of settings, for instance `[optim]`."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        validate_default=True,
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
+        protected_namespaces=(),
+    )
+
+
+class Settings(BaseSettings):
+    """The whole tree of one system; its fields are Sections."""
+
+    model_config = SettingsConfigDict(
+        extra="forbid",
+        frozen=True,
+        validate_default=True,
+        use_attribute_docstrings=True,
+        env_nested_delimiter="__",
+        protected_namespaces=(),
+    )
+
+    @classmethod
+    def settings_customise_sources(  # noqa: PLR0913 - the library's signature
+        cls,
+        settings_cls: type[BaseSettings],  # noqa: ARG003
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Take values as given: `resolve` has laid the layers already."""
+        return (init_settings,)
+
+
+S = TypeVar("S", bound=Settings)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Some values and the name of the place that set them."""
+
+    name: str
+    values: dict[str, Any]
+
+
+def resolve(
+    cls: type[S], flags: Mapping[str, Any], assignments: Sequence[str], files: Sequence[Path]
+) -> tuple[S, dict[str, str]]:
+    """Lay command line over environment over TOML files over defaults.
+
+    Args:
+        cls: the settings class of the system.
+        flags: values of typed options by dotted key.
+        assignments: `key=value` texts of `--set`.
+        files: TOML files, later ones win.
+
+    Returns:
+        The settings, and for every dotted key the place its value came from.
+
+    Raises:
+        UserError: naming every key that is unknown or out of range, and where it was set.
+    """
+    layers = [Layer(path.name, read_toml(path)) for path in files]
+    layers.append(Layer("environment", EnvSettingsSource(cls)()))
+    layers.extend(_command_line(cls, flags, assignments))
+    tree = defaults(cls)
+    origin = dict.fromkeys(flatten(tree), "default")
+    for layer in layers:
+        for key in flatten(layer.values):
+            origin[key] = _variable(cls, key) if layer.name == "environment" else layer.name
+        tree = merge(tree, layer.values)
+    try:
+        return cls(**tree), origin
+    except ValidationError as error:
+        raise UserError(
+            explain(cls, error, origin), "moectl presets show ROOM lists every key"
+        ) from None
+
+
+def _command_line(
+    cls: type[Settings], flags: Mapping[str, Any], assignments: Sequence[str]
+) -> list[Layer]:
+    known = fields(cls)
+    seen = set(flags)
+    layers = [Layer("flag", nest(flags))]
+    for text in assignments:
+        key, equals, value = text.partition("=")
+        key = key.strip()
+        if not equals:
+            raise UserError(f"--set {text}: expected key=value, for instance --set optim.lr=0.05")
+        if key not in known:
+            raise UserError(f"--set {key}: no such setting{nearest(key, known)}")
+        if key in seen:
+            raise UserError(f"--set {key}: set twice on the command line")
+        seen.add(key)
+        layers.append(Layer("--set", nest({key: literal(value.strip(), f"--set {key}")})))
+    return layers
+
+
+def literal(text: str, where: str) -> Any:
+    """Read `[`, `{` and quotes as TOML; leave anything else to the type of the field."""
+    return (
+        parse_toml(f"value = {text}", where)["value"] if text[:1] in ("[", "{", '"', "'") else text
+    )
+
+
+def from_toml(cls: type[S], path: Path) -> S:
+    """Build settings from one TOML file over the defaults, without environment or flags.
+
+    Raises:
+        UserError: naming every wrong key in the file.
+    """
+    values = read_toml(path)
+    try:
+        return cls(**merge(defaults(cls), values))
+    except ValidationError as error:
+        raise UserError(explain(cls, error, dict.fromkeys(flatten(values), path.name))) from None
+
+
+def defaults(cls: type[Settings]) -> dict[str, Any]:
+    """Return the default tree of a system as plain dictionaries."""
+    return {
+        name: cast("BaseModel", field.get_default(call_default_factory=True)).model_dump()
+        for name, field in cls.model_fields.items()
+    }
+
+
+def fields(cls: type[Settings]) -> dict[str, FieldInfo]:
+    """Return every leaf field by dotted key, in order of declaration."""
+    return {
+        f"{section}.{name}": field
+        for section, outer in cls.model_fields.items()
+        for name, field in section_class(outer).model_fields.items()
+    }
+
+
+def section_class(field: FieldInfo) -> type[Section]:
+    """Return the Section class of a field of the root."""
+    return cast("type[Section]", field.annotation)
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Turn nested tables into dotted keys; lists stay values."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            flat.update(flatten(value, f"{prefix}{name}."))
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn dotted keys into nested tables."""
+    tree: dict[str, Any] = {}
+    for key, value in flat.items():
+        *path, last = key.split(".")
+        table = tree
+        for name in path:
+            table = table.setdefault(name, {})
+        table[last] = value
+    return tree
+
+
+def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Lay one tree over another, table by table."""
+    merged = dict(below)
+    for name, value in above.items():
+        old = merged.get(name)
+        both = isinstance(value, Mapping) and isinstance(old, Mapping)
+        merged[name] = merge(old, value) if both else value  # type: ignore[arg-type]
+    return merged
+
+
+def nearest(name: str, known: Mapping[str, object] | Sequence[str]) -> str:
+    """Return `; did you mean X?` or nothing."""
+    candidates = list(known)
+    found = difflib.get_close_matches(name, candidates, n=1, cutoff=0.5)
+    if not found:  # a bare name such as `lrr` is near `optim.lr` in its last part
+        by_tail = {key.rpartition(".")[2]: key for key in candidates}
+        tails = difflib.get_close_matches(name.rpartition(".")[2], list(by_tail), n=1, cutoff=0.6)
+        found = [by_tail[tail] for tail in tails]
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+def explain(cls: type[Settings], error: ValidationError, origin: Mapping[str, str]) -> str:
+    """Turn pydantic's errors into one line each: place, key, value found, what was expected."""
+    return "\n".join(_lines(cls, error, origin))
+
+
+def _lines(cls: type[Settings], error: ValidationError, origin: Mapping[str, str]) -> Iterator[str]:
+    known = fields(cls)
+    for entry in error.errors():
+        key = ".".join(str(part) for part in entry["loc"])
+        place = next(
+            (origin[name] for name in (key, ".".join(key.split(".")[:2])) if name in origin), ""
+        )
+        place = place or next(
+            (where for name, where in origin.items() if name.startswith(f"{key}.")), ""
+        )
+        start = f"{place}: {key}" if place and place != "default" else key
+        if entry["type"] == "extra_forbidden":
+            choices = known if "." in key else list(cls.model_fields)
+            yield f"{start}: no such setting{nearest(key, choices)}"
+        elif entry["type"] == "value_error":
+            # The rule names its own keys.
+            prefix = f"{place}: " if place not in ("", "default") else ""
+            yield f"{prefix}{entry['ctx']['error']}"
+        else:
+            yield f"{start} = {entry['input']!r}: {entry['msg'][0].lower()}{entry['msg'][1:]}"
+
+
+def _variable(cls: type[Settings], key: str) -> str:
+    return f"{cls.model_config.get('env_prefix', '')}{key.replace('.', '__')}".upper()
+
+
+def unknown_variables(classes: Sequence[type[Settings]]) -> list[str]:
+    """Return the `MOECTL_…` environment variables that set nothing."""
+    valid = {_variable(cls, key) for cls in classes for key in fields(cls)}
+    valid |= {_variable(cls, name) for cls in classes for name in cls.model_fields} | MACHINE_NAMES
+    return sorted(
+        name
+        for name in os.environ
+        if name.upper().startswith(ENVIRONMENT) and name.upper() not in valid
+    )
+
+
+def dump(settings: Settings) -> dict[str, Any]:
+    """Return the tree as plain types; keys whose value is None are left out, for TOML has no null."""
+    return settings.model_dump(mode="json", exclude_none=True)
+
+
+def to_toml(settings: Settings) -> str:
+    """Return settings as TOML that loads back to the same settings."""
+    return tomli_w.dumps(dump(settings))
+
+
+def to_annotated_toml(settings: Settings) -> str:
+    """Return settings as TOML with every field's description above it."""
+    tree = dump(settings)
+    lines: list[str] = []
+    for section, outer in type(settings).model_fields.items():
+        lines.append(f"[{section}]")
+        for name, field in section_class(outer).model_fields.items():
+            lines.append(f"# {' '.join((field.description or '').split())}")
+            known = name in tree.get(section, {})
+            lines.append(
+                tomli_w.dumps({name: tree[section][name]}).strip() if known else f"# {name} ="
+            )
+        lines.append("")
+    return "\n".join(lines)

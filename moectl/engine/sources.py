@@ -1,0 +1,250 @@
+"""Where batches come from: the order of the samples, and two ways to hold them.
+
+Legend: N samples, B samples of one optimiser update over all processes, b of them in this chunk.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from moectl.engine.seeding import key
+
+
+class Chunk(NamedTuple):
+    """The part of one update's batch that one process handles in one forward pass."""
+
+    epoch: int
+    batch: int
+    """Number of the batch in its epoch."""
+    rows: Tensor
+    """(b,) positions in the data set."""
+    slots: Tensor
+    """(b,) positions inside the global batch."""
+    size: int
+    """B, the size of the global batch."""
+    ends_update: bool
+    """Whether this is the last chunk of the batch on this process."""
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The order of samples over all epochs, a pure function of (seed, epoch).
+
+    Every batch of `batch_size` samples is dealt out like cards to `world` processes, and each hand is cut into
+    `accumulate` chunks. The last, smaller batch of an epoch is kept, and padded by repeating its samples only if
+    it has fewer of them than there are chunks.
+    """
+
+    samples: int
+    batch_size: int
+    seed: int
+    rank: int = 0
+    world: int = 1
+    accumulate: int = 1
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Optimiser updates in one pass over the data."""
+        return -(-self.samples // self.batch_size)
+
+    def order(self, epoch: int) -> Tensor:
+        """Return the permutation (N,) of an epoch."""
+        generator = torch.Generator().manual_seed(key(self.seed, "order", epoch))
+        return torch.randperm(self.samples, generator=generator)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Chunk]:
+        """Yield this process's chunks of one epoch, from batch `start` on."""
+        order = self.order(epoch)
+        hands = self.world * self.accumulate
+        for batch in range(start, self.batches_per_epoch):
+            rows = order[batch * self.batch_size : (batch + 1) * self.batch_size]
+            if len(rows) < hands:
+                rows = rows.repeat(-(-hands // len(rows)))[:hands]
+            for part in range(self.accumulate):
+                slots = torch.arange(self.rank + part * self.world, len(rows), hands)
+                last = part == self.accumulate - 1
+                yield Chunk(epoch, batch, rows[slots], slots, len(rows), last)
+
+    def chunks(self, epoch: int, start: int, epochs: int) -> Iterator[Chunk]:
+        """Yield the chunks of all epochs from a position to the end."""
+        for number in range(epoch, epochs):
+            yield from self.epoch(number, start if number == epoch else 0)
+
+
+class Augment(Protocol):
+    """A batched random transform, written as a pure function of uniform numbers."""
+
+    draws: int
+    """Uniform numbers per sample."""
+
+    def __call__(self, images: Tensor, uniforms: Tensor) -> Tensor:
+        """Map uint8 (b, C, H, W) and uniforms (b, draws) to float32 (b, C, H, W)."""
+        ...
+
+
+class Source(Protocol):
+    """What the training loop and the evaluation need of a data set."""
+
+    def __len__(self) -> int:
+        """Return N."""
+        ...
+
+    def batches(self, chunks: Iterator[Chunk], seed: int, device: torch.device) -> Iterator[Any]:
+        """Yield the augmented (images, labels) of each chunk, on the device."""
+        ...
+
+    def ordered(
+        self, batch_size: int, device: torch.device, rank: int = 0, world: int = 1
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield plain (images, labels) in data-set order; a process sees every world-th sample."""
+        ...
+
+
+class TensorSource:
+    """Images that fit in memory: uint8 on the device, augmented there a batch at a time.
+
+    Args:
+        images: (N, C, H, W) uint8.
+        labels: (N,) int64.
+        augment: random transform of the training batches.
+        plain: the transform of evaluation batches, uint8 to float32.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        augment: Augment | None,
+        plain: Callable[[Tensor], Tensor],
+    ) -> None:
+        assert len(images) == len(labels), "one label per image"
+        self.images, self.labels, self.augment, self.plain = images, labels, augment, plain
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        if self.images.device != device:
+            self.images, self.labels = self.images.to(device), self.labels.to(device)
+        return self.images, self.labels
+
+    def batches(
+        self, chunks: Iterator[Chunk], seed: int, device: torch.device
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the augmented (images, labels) of each chunk, on the device."""
+        images, labels = self._on(device)
+        for chunk in chunks:
+            rows = chunk.rows.to(device, non_blocking=True)
+            picked = images[rows]
+            if self.augment is None:
+                yield self.plain(picked), labels[rows]
+                continue
+            # Drawn for the whole global batch on the CPU: the same for any number of processes and any device.
+            generator = torch.Generator().manual_seed(
+                key(seed, "augment", chunk.epoch, chunk.batch)
+            )
+            uniforms = torch.rand(chunk.size, self.augment.draws, generator=generator)
+            uniforms = uniforms[chunk.slots].to(device, non_blocking=True)
+            yield self.augment(picked, uniforms), labels[rows]
+
+    def ordered(
+        self, batch_size: int, device: torch.device, rank: int = 0, world: int = 1
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield plain (images, labels) in data-set order; a process sees every world-th sample."""
+        images, labels = self._on(device)
+        rows = torch.arange(rank, len(self), world, device=device)
+        for part in torch.split(rows, batch_size):
+            yield self.plain(images[part]), labels[part]
+
+
+class Keyed(torch.utils.data.Dataset[Any]):
+    """Seeds torch from (seed, epoch, index) before each item, so that workers and prefetching change nothing.
+
+    Augmentations must draw from torch alone, as torchvision's do.
+    """
+
+    def __init__(self, items: Sequence[Any], load: Callable[[Any], Any], seed: int) -> None:
+        self.items, self.load, self.seed = items, load, seed
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, place: tuple[int, int]) -> Any:
+        epoch, index = place
+        torch.default_generator.manual_seed(key(self.seed, "sample", epoch, index))
+        return self.load(self.items[index])
+
+
+def _calm_worker(_: int) -> None:
+    """Let a worker outlive signals meant for the main process, which must still save."""
+    import signal
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+class FolderSource:
+    """Images read from files by loader workers, one at a time.
+
+    Args:
+        items: (path, label) pairs.
+        augment: loads and randomly transforms the image at a path, in training.
+        plain: loads and transforms it in evaluation.
+        workers: loader processes; 0 reads in the main process.
+    """
+
+    def __init__(
+        self,
+        items: Sequence[tuple[str, int]],
+        augment: Callable[[str], Tensor],
+        plain: Callable[[str], Tensor],
+        workers: int,
+    ) -> None:
+        self.items, self.augment, self.plain, self.workers = items, augment, plain, workers
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def batches(
+        self, chunks: Iterator[Chunk], seed: int, device: torch.device
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the augmented (images, labels) of each chunk, on the device."""
+        places = ([(chunk.epoch, row) for row in chunk.rows.tolist()] for chunk in chunks)
+        yield from self._load(places, self.augment, seed, device)
+
+    def ordered(
+        self, batch_size: int, device: torch.device, rank: int = 0, world: int = 1
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield plain (images, labels) in data-set order; a process sees every world-th sample."""
+        rows = range(rank, len(self), world)
+        places = (
+            [(0, row) for row in rows[start : start + batch_size]]
+            for start in range(0, len(rows), batch_size)
+        )
+        yield from self._load(places, self.plain, 0, device)
+
+    def _load(
+        self,
+        places: Iterator[list[tuple[int, int]]],
+        read: Callable[[str], Tensor],
+        seed: int,
+        device: torch.device,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        def load(item: tuple[str, int]) -> tuple[Tensor, int]:
+            return read(item[0]), item[1]
+
+        loader = torch.utils.data.DataLoader(
+            Keyed(self.items, load, seed),
+            batch_sampler=places,
+            num_workers=self.workers,
+            pin_memory=device.type == "cuda",
+            worker_init_fn=_calm_worker,
+            # Building the loader must not touch the global generator.
+            generator=torch.Generator().manual_seed(0),
+        )
+        for images, labels in loader:
+            yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
