@@ -1,4 +1,4 @@
-"""Makes `python -m moectl` work, and `accelerate launch moectl`, which runs this folder as a program."""
+"""Makes `python -m moectl` work, and `accelerate launch moectl`, which runs this folder."""
 
 import sys
 from pathlib import Path

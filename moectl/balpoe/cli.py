@@ -19,10 +19,10 @@ _DROPPED = {
     "--val": "every epoch is validated",
     "--validate": "every epoch is validated",
     "--n-gpu": "start several processes with accelerate launch or torchrun",
-    "--save-dir": "use --out DIR for the run folder itself, or MOECTL_RUNS for the folder of all runs",
+    "--save-dir": "use --out DIR for the run folder, or MOECTL_RUNS for the folder of all runs",
     "--randaugm": "use --augment autoaugment",
     "--trivialaugm": "use --augment trivial",
-    "--target-mix-strategy": "inputs are mixed, which is mix_input; mix_logits matters only with a teacher",
+    "--target-mix-strategy": "inputs are mixed (mix_input); mix_logits needs a teacher",
     "--track-expert-losses": "the loss of every expert is always logged",
 }
 
@@ -63,8 +63,8 @@ def eval_(request: Request) -> None:
     """Measure accuracy and calibration of a trained run."""
     from moectl.balpoe.eval import run_eval
 
-    document, lines = run_eval(request.settings, request.run, request.cpu)
-    console.result(document, lines)
+    settings: Any = request.settings
+    console.result(*run_eval(settings, request.run, request.cpu))
 
 
 @command(BalpoeSettings, ("data", "model", "loss"), train=True)

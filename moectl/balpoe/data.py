@@ -222,7 +222,7 @@ def _cifar(data: "DataSection") -> _Pool:
             kind(data.root, train=part, download=bool(missing)) for part in (True, False)
         )
     except (OSError, RuntimeError) as error:
-        reason = f"cannot be downloaded ({error})" if missing else "not the official files"
+        reason = f"could not be downloaded ({error})" if missing else "are not the official files"
         raise UserError(
             f"{folder}: {', '.join(missing or files)} {reason}",
             f"put the files of {kind.url} there",

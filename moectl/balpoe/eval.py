@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,8 @@ from moectl.balpoe.data import Data, load
 from moectl.balpoe.longtail import shifted_indices
 from moectl.balpoe.losses import log_posterior, log_prior, target_log_priors, to_uniform
 from moectl.balpoe.model import BalpoeNet
-from moectl.balpoe.settings import BalpoeSettings
 from moectl.balpoe.report import report
+from moectl.balpoe.settings import BalpoeSettings
 from moectl.common import calibration as calibrated
 from moectl.common import scores
 from moectl.engine import artefact, console
@@ -24,6 +24,7 @@ from moectl.engine.errors import UserError
 from moectl.engine.files import write_json, write_text
 from moectl.engine.launch import build_accelerator, gather_rows
 from moectl.engine.references import find_weights
+from moectl.engine.run import read_record
 from moectl.engine.sources import Source
 from moectl.engine.tracking import loads_or_none
 
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 def predict(
     model: nn.Module, source: Source, accelerator: "Accelerator", batch_size: int, batches: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Return the expert logits (N, E, K) in fp32 and the labels (N,), in data-set order, on the CPU.
+    """Return the expert logits (N, E, K) in fp32 and the labels (N,), in order, on the CPU.
 
     Args:
         model: in eval mode, the same on every process.
@@ -49,7 +50,9 @@ def predict(
     kept = []
     ordered = source.ordered(batch_size, accelerator.device, rank, world)
     for number, (images, labels) in enumerate(ordered, 1):
-        kept.append((model(images.to(memory_format=torch.channels_last)).float(), labels))
+        with accelerator.autocast():
+            logits = model(images.to(memory_format=torch.channels_last))
+        kept.append((logits.float(), labels))
         if number == batches:
             break
     logits = torch.cat([part for part, _ in kept])
@@ -103,8 +106,8 @@ def measure(
     """Evaluate weights on the test set; the temperature is fitted on the validation set.
 
     Returns:
-        A JSON document: `scores` (the headline numbers), `accuracy`, `per_class`, `confusion`, `shifted`,
-        `calibration`, `reliability`, `diversity`.
+        A JSON document: `scores` (the headline numbers), `accuracy`, `per_class`, `confusion`,
+        `shifted`, `calibration`, `reliability`, `diversity`.
     """
     size = settings.eval.batch_size
     logits, labels = predict(model, data.test, accelerator, size)
@@ -183,10 +186,11 @@ def accuracy_table(
 def calibration_table(
     logits: Tensor, labels: Tensor, prior: Tensor, taus: Tensor, bins: int
 ) -> dict[str, dict[str, float]]:
-    """Calibration of the ensemble, of each expert at its own target prior, and of each at the uniform one.
+    """Calibration of the ensemble, and of each expert at its own target prior and the uniform one.
 
-    An expert trained with tau aims at the prior p(y)^(1 - tau); natively it is measured on test items
-    re-weighted to that prior. `kl` is the divergence of its mean prediction from the prior it aims at.
+    An expert trained with tau aims at the prior p(y)^(1 - tau); natively it is measured on test
+    items re-weighted to that prior. `kl` is the divergence of its mean prediction from the prior it
+    aims at.
 
     Source: Sanchez Aimar et al. 2023.
     """
@@ -220,8 +224,11 @@ def shifted_table(
     With a known prior q, log q is added to the ensemble logits, which aim at the uniform prior.
     """
     ensemble = logits.mean(1)
-    shapes = [("forward", ratio) for ratio in ratios] + [("uniform", 1.0)]
-    shapes += [("backward", ratio) for ratio in reversed(ratios)]
+    shapes: list[tuple[Literal["forward", "uniform", "backward"], float]] = [
+        *(("forward", ratio) for ratio in ratios),
+        ("uniform", 1.0),
+        *(("backward", ratio) for ratio in reversed(ratios)),
+    ]
     rows = []
     n_max = int(torch.bincount(labels, minlength=len(prior)).max())
     for profile, ratio in shapes if ratios else []:
@@ -290,10 +297,11 @@ def run_eval(settings: BalpoeSettings, reference: str, cpu: bool) -> tuple[dict[
         )
     data = load(settings.data, settings.train.seed)
     _same_split(data, path.parent)
-    accelerator = build_accelerator(settings.train, cpu)
+    precision = str(read_record(path.parent)["precision"])
+    accelerator = build_accelerator(settings.train, cpu, precision)
     model = BalpoeNet(**weights.facts["arguments"])
     model.load_state_dict(weights.payload["state_dict"])
-    model.to(accelerator.device, memory_format=torch.channels_last).eval()
+    model.to(memory_format=torch.channels_last).to(accelerator.device).eval()
     document = measure(model, data, settings, accelerator)
     entry = {"file": path.name, "sha256": weights.sha256, "epoch": weights.facts["epoch"]}
     if accelerator.is_main_process:
@@ -316,12 +324,14 @@ def _same_split(data: Data, folder: Path) -> None:
 
 
 def _table(document: Mapping[str, Any]) -> "Table":
+    def percent(value: float | None) -> float | None:
+        return None if value is None else 100 * value
+
     rows: list[list[object]] = []
     for name, row in document["accuracy"].items():
         errors = document["calibration"].get(name, {})
-        shots = [row[f"accuracy_{shot}"] for shot in ("many", "medium", "few")]
-        rows.append(
-            [name, row["accuracy"], *shots, row["top5"], errors.get("ece"), errors.get("nll")]
-        )
+        wanted = ("accuracy", "accuracy_many", "accuracy_medium", "accuracy_few", "top5")
+        shares = [percent(row[column]) for column in wanted]
+        rows.append([name, *shares, percent(errors.get("ece")), errors.get("nll")])
     columns = ("model", "accuracy", "many", "medium", "few", "top 5", "ECE", "NLL")
-    return console.table(columns, rows, f"{document['images']} test images")
+    return console.table(columns, rows, f"{document['images']} test images; accuracy and ECE in %")

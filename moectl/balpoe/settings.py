@@ -86,7 +86,7 @@ class LossSection(Section):
     """The priors of the experts, and the mixing of inputs."""
 
     tau_list: Annotated[str, Flag("--tau-list")] = "0;1;2"
-    """Prior strength of each expert: a list, or `limits` or `uniform` between tau_min and tau_max."""
+    """Prior strength of each expert: a list, or `limits` or `uniform` from tau_min to tau_max."""
     tau_min: Annotated[float, Flag("--tau-min")] = 0.0
     """Lower end for `limits` and `uniform`."""
     tau_max: Annotated[float, Flag("--tau-max")] = 2.0

@@ -29,10 +29,10 @@ MONITOR = "val/balanced_accuracy"
 
 
 def train(settings: BalpoeSettings, run: Run[BalpoeSettings]) -> None:
-    """Train the experts, evaluate the last and the best epoch on the test set, and write the report."""
+    """Train the experts, test the last and the best epoch, and write the report."""
     _warn(settings)
     data = load(settings.data, settings.train.seed)
-    model = build(settings, data).to(run.device, memory_format=torch.channels_last)
+    model = build(settings, data).to(memory_format=torch.channels_last)
     optimizer = build_optimizer(settings.optim, model.parameters())
     schedule = build_schedule(settings.schedule, settings.optim.lr, settings.train.epochs)
     loop = run.loop(model, data.train, optimizer, schedule, MONITOR)
@@ -62,9 +62,16 @@ def train(settings: BalpoeSettings, run: Run[BalpoeSettings]) -> None:
 
 
 def build(settings: BalpoeSettings, data: Data) -> nn.Module:
-    """Return the network with initial weights that depend on the seed alone."""
+    """Return the network with initial weights that depend on the seed alone.
+
+    Raises:
+        UserError: if the options of the model contradict each other.
+    """
     seed_all(settings.train.seed, "init")
-    return BalpoeNet(classes=len(data.class_counts), **settings.model.model_dump())
+    try:
+        return BalpoeNet(classes=len(data.class_counts), **settings.model.model_dump())
+    except ValueError as error:
+        raise UserError(f"[model] {error}") from None
 
 
 def facts_of(settings: BalpoeSettings, data: Data) -> dict[str, Any]:
@@ -155,7 +162,7 @@ def _warn(settings: BalpoeSettings) -> None:
 
 
 def import_weights(path: Path, settings: BalpoeSettings, run: Run[BalpoeSettings]) -> None:
-    """Make a run of a public `.pth` of the original code, so that `eval` and later stages can use it."""
+    """Make a run of a public `.pth` of the original code, so that `eval` can use it."""
     data = load(settings.data, settings.train.seed)
     found = artefact.load(path)
     state = load_public(found.payload.get("state_dict", found.payload))
@@ -186,7 +193,7 @@ def size(settings: BalpoeSettings) -> dict[str, Any]:
     offline = settings.data.model_copy(update={"download": False})
     data = load(offline, settings.train.seed)
     with torch.device("meta"):
-        model = BalpoeNet(classes=len(data.class_counts), **settings.model.model_dump())
+        model = build(settings, data)
     parameters = sum(
         parameter.numel() for parameter in model.parameters() if parameter.requires_grad
     )

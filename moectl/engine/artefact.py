@@ -1,7 +1,7 @@
 """Weights that other stages consume: a `.pth` file under the document's name and a `.json` sidecar.
 
-The file holds tensors and plain types only, so `torch.load(weights_only=True)` reads it. The sidecar says how to
-rebuild the model and carries the checksum.
+The file holds tensors and plain types only, so `torch.load(weights_only=True)` reads it. The
+sidecar says how to rebuild the model and carries the checksum.
 """
 
 import io
@@ -74,7 +74,7 @@ def safe_load(data: bytes, where: str) -> Any:
     Raises:
         UserError: naming `where`, if it holds anything else or is damaged.
     """
-    from pickle import UnpicklingError  # noqa: TID251 - the name of the refusal, nothing is unpickled
+    from pickle import UnpicklingError  # the name of the refusal; nothing is unpickled
 
     import torch
 

@@ -1,7 +1,7 @@
 """Training state on disk: a folder that is complete, or not there.
 
-Written under a temporary name, every file synced, a manifest with sizes and checksums last, then renamed. What
-the manifest does not vouch for is never read.
+Written under a temporary name, every file synced, a manifest with sizes and checksums last, then
+renamed. What the manifest does not vouch for is never read.
 """
 
 import json
@@ -76,8 +76,10 @@ def read(folder: Path) -> tuple[dict[str, bytes], dict[str, Any]]:
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
-        entries = dict(manifest["files"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        entries = {
+            name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise Corrupt(f"{folder / MANIFEST}: missing or not readable ({error})") from None
     if manifest.get("format") != FORMAT:
         raise Corrupt(f"{folder / MANIFEST}: format {manifest.get('format')!r}, expected {FORMAT}")
@@ -85,9 +87,12 @@ def read(folder: Path) -> tuple[dict[str, bytes], dict[str, Any]]:
     if present != set(entries):
         raise Corrupt(f"{folder}: holds {sorted(present)}, the manifest lists {sorted(entries)}")
     files = {}
-    for name, entry in entries.items():
-        files[name] = (folder / name).read_bytes()
-        if len(files[name]) != entry["bytes"] or sha256(files[name]) != entry["sha256"]:
+    for name, expected in entries.items():
+        try:
+            files[name] = (folder / name).read_bytes()
+        except OSError as error:
+            raise Corrupt(f"{folder / name}: cannot be read ({error.strerror})") from None
+        if (len(files[name]), sha256(files[name])) != expected:
             raise Corrupt(f"{folder / name}: does not match its checksum")
     return files, manifest
 

@@ -1,8 +1,7 @@
-"""Typer commands made from a settings class: one option per flagged field, and the common options."""
+"""Typer commands made from a settings class: flagged fields and the common options."""
 
 import functools
 import inspect
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from moectl.engine import console, presets
 from moectl.engine.errors import UserError
+from moectl.engine.files import is_file
 from moectl.engine.options import COMMON, common_options, field_option, flag_of, python_name, shown
 from moectl.engine.settings import Settings, dump, fields, flatten, from_toml, resolve
 
@@ -143,7 +143,7 @@ def _read(room: str, reference: str) -> Path:
     from moectl.engine.references import find_run
 
     path = Path(reference)
-    return path.parent if path.is_file() else find_run(reference.partition("@")[0], room)
+    return path.parent if is_file(path) else find_run(reference.partition("@")[0], room)
 
 
 def _resumed(room: str, name: str, resume: str) -> Path | None:
@@ -173,10 +173,13 @@ def _refuse_changes(cls: type[Settings], folder: Path, settings: Settings) -> No
 def _prepare(request: Request) -> None:
     """Set what must be set before torch is imported."""
     from moectl.engine.launch import choose_threads
+    from moectl.engine.run import read_record
 
     train = getattr(request.settings, "train", None)
-    choose_threads(train.threads if train else 0)
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    threads = train.threads if train else 0
+    if request.folder and not threads:  # the last digits depend on the threads: keep them
+        threads = int(read_record(request.folder).get("threads", 0))
+    choose_threads(threads)
 
 
 def _show(request: Request, size: dict[str, Any]) -> None:

@@ -153,6 +153,17 @@ def progress(total: int, done: int = 0) -> Iterator[Progress]:
             yield _Bar(bar, bar.add_task("", total=total, completed=done, words=""))
 
 
-def summary(scores: Mapping[str, float | None]) -> str:
-    """Write scores as one line, for instance `loss 1.234  val/accuracy 0.512`."""
-    return "  ".join(f"{name} {cell(value)}" for name, value in scores.items())
+def epoch_line(row: Mapping[str, float | None]) -> str:
+    """Write an epoch's row as one line; the scores of single experts are left out."""
+    validation = [
+        f"{name.removeprefix('val/')} {brief(value)}"
+        for name, value in row.items()
+        if name.startswith("val/") and "expert" not in name
+    ]
+    line = f"lr {brief(row['lr'])}  loss {brief(row.get('train/loss'))}"
+    return f"{line}  val: {'  '.join(validation)}" if validation else line
+
+
+def brief(value: float | None) -> str:
+    """Write a number with three significant digits."""
+    return "–" if value is None else f"{value:.3g}"

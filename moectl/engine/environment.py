@@ -15,6 +15,7 @@ def environment(accelerator: "Accelerator") -> dict[str, Any]:
     import accelerate
     import numpy
     import torch
+
     from moectl import __version__
 
     cuda = accelerator.device.type == "cuda"

@@ -8,7 +8,7 @@ from typing import Any
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file through a temporary name in the same folder, flushed to disk before the rename."""
+    """Write a file under a temporary name beside it, flush it to disk, then rename it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with temporary.open("wb") as file:
@@ -44,3 +44,19 @@ def sync_folder(folder: Path) -> None:
 def sha256(data: bytes) -> str:
     """Return the hexadecimal SHA-256 of bytes."""
     return hashlib.sha256(data).hexdigest()
+
+
+def is_file(path: Path) -> bool:
+    """Whether a file is there; no for names that the system cannot have."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
+def is_folder(path: Path) -> bool:
+    """Whether a folder is there; no for names that the system cannot have."""
+    try:
+        return path.is_dir()
+    except OSError:
+        return False

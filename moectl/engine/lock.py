@@ -22,9 +22,8 @@ class Lock:
                 f"{folder}: another process is writing here ({self._file.read().strip()})"
             ) from None
         self._file.truncate(0)
-        self._file.write(
-            f"process {os.getpid()} on {socket.gethostname()} since {datetime.now(UTC).isoformat(timespec='seconds')}\n"
-        )
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        self._file.write(f"process {os.getpid()} on {socket.gethostname()} since {now}\n")
         self._file.flush()
 
     def release(self) -> None:

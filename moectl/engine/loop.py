@@ -1,19 +1,17 @@
 """The training loop: an iterator over batches that a system drives with a plain `for`."""
 
-import io
-import json
 import logging
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from moectl.engine import artefact, checkpoint, console
+from moectl.engine import checkpoint, console, state
 from moectl.engine.errors import Interrupted, RunFailed, UserError
 from moectl.engine.launch import agree
 from moectl.engine.seeding import seed_all
@@ -73,8 +71,9 @@ class Step:
 class Loop:
     """Iterates over the batches of all epochs, from wherever the run stands.
 
-    Around each step it keeps position, seeds, learning rate, metrics and checkpoints. All randomness is derived
-    from the position, so a run that was killed and resumed ends in the same weights.
+    Around each step it keeps position, seeds, learning rate, metrics and checkpoints. All
+    randomness is derived from the position, so a run that was killed and resumed ends in the same
+    weights.
 
     Raises:
         UserError: if the batch size does not divide over processes and micro-batches.
@@ -128,14 +127,14 @@ class Loop:
         self._restore()
 
     def track(self, **objects: Any) -> None:
-        """Save and restore further objects that have a `state_dict`, by name; before the first step."""
+        """Save and restore more objects that have a `state_dict`; before the first step."""
         self._tracked.update(objects)
         if self._saved_update >= 0:
             for name, item in objects.items():
                 item.load_state_dict(self._tracked_state[name])
 
     def rehearse(self, evaluation: Callable[[], object]) -> None:
-        """Run an evaluation and a throw-away checkpoint now, so that their errors do not wait for the last epoch."""
+        """Evaluate and write a throw-away checkpoint now: errors must not wait for the end."""
         evaluation()
         if self.run.is_main:
             folder = self.run.folder / "rehearsal"
@@ -204,7 +203,8 @@ class Loop:
         return Step(self, chunk, batch)
 
     def _backward(self, chunk: Chunk, loss: Tensor, parts: Mapping[str, Tensor | float]) -> None:
-        # This chunk's share of the batch: the gradient is the mean over the whole batch, however it is cut.
+        # This chunk's share of the batch: the gradient is the mean over the whole batch,
+        # however it is cut.
         share = len(chunk.rows) / chunk.size
         world = self.accelerator.num_processes
         self.accelerator.backward(loss * (share * world) if share * world != 1 else loss)
@@ -270,12 +270,12 @@ class Loop:
         first = int(self._first_bad)
         epoch, batch = divmod(max(first, 0), self.stream.batches_per_epoch)
         rate = self.base_rates[0] * self.schedule(epoch + batch / self.stream.batches_per_epoch)
-        state = self.window.state()
-        parts = ", ".join(f"{name} {state[name] / state['']:.4g}" for name in state if name)
+        means = mean_over([self.window.state()])
+        parts = ", ".join(f"{name} {console.brief(value)}" for name, value in means.items())
         raise RunFailed(
-            f"loss or gradient not finite at update {first + 1} (epoch {epoch + 1}, batch {batch + 1},"
-            f" learning rate {rate:.4g}; means since the last row: {parts or 'none'});"
-            " the checkpoint before it is kept"
+            f"loss or gradient not finite at update {first + 1} (epoch {epoch + 1},"
+            f" batch {batch + 1}, learning rate {rate:.4g}; means since the last row:"
+            f" {parts or 'none'}); the checkpoint before it is kept"
         )
 
     def _check_health(self) -> None:
@@ -312,22 +312,21 @@ class Loop:
             self.metrics.write({**place, "elapsed_seconds": seconds, **row})
             trackers.log(row, self.update)
             if step.ends_epoch:
-                shown = {name: value for name, value in row.items() if "expert" not in name}
                 log.info(
-                    "epoch %d/%d  %s", self.epoch, self.settings.epochs, console.summary(shown)
+                    "epoch %d/%d  %s", self.epoch, self.settings.epochs, console.epoch_line(row)
                 )
 
-    def _gather(self, state: dict[str, float]) -> list[dict[str, float]]:
+    def _gather(self, here: Any) -> list[Any]:
         if self.accelerator.num_processes == 1:
-            return [state]
+            return [here]
         from accelerate.utils import gather_object
 
-        return list(gather_object([state]))
+        return list(gather_object([here]))
 
     def _save(self) -> None:
         """Write the training state; three failures in a row end the run, one is only a warning."""
         self._check_health()
-        means = self._gather({"epoch": self.epoch_means.state(), "window": self.window.state()})  # type: ignore[dict-item]
+        means = self._gather({"epoch": self.epoch_means.state(), "window": self.window.state()})
         if self.run.is_main:
             root = self.run.folder / "checkpoints"
             try:
@@ -350,21 +349,6 @@ class Loop:
         self.accelerator.wait_for_everyone()
 
     def _pack(self, means: list[Any]) -> dict[str, bytes]:
-        seen: set[int] = set()
-        weights = {}
-        for name, value in self.module.state_dict().items():
-            tensor = value.detach().cpu().contiguous()
-            # Shared layers appear under several names; the format wants memory of their own for each.
-            weights[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
-            seen.add(tensor.data_ptr())
-        scaler = self.accelerator.scaler
-        moving = {
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": scaler.state_dict() if scaler else {},
-            "tracked": {name: item.state_dict() for name, item in self._tracked.items()},
-        }
-        buffer = io.BytesIO()
-        torch.save(moving, buffer)
         position = {
             "update": self.update,
             "epoch": self.epoch,
@@ -373,11 +357,8 @@ class Loop:
             "stale_epochs": self.stale_epochs,
             "means": means,
         }
-        return {
-            "model.safetensors": safetensors.torch.save(weights),
-            "optimizer.pt": buffer.getvalue(),
-            "loop.json": json.dumps(position, indent=2).encode(),
-        }
+        scaler = self.accelerator.scaler
+        return state.pack(self.module, self.optimizer, scaler, self._tracked, position)
 
     def _restore(self) -> None:
         """Continue where the newest checkpoint stands; from the start if there is none."""
@@ -395,24 +376,22 @@ class Loop:
         world = self.accelerator.num_processes
         if manifest["processes"] != world:
             raise UserError(
-                f"{self.run.folder}: trained with {manifest['processes']} processes, resumed with {world}"
+                f"{self.run.folder}: begun with {manifest['processes']} processes,"
+                f" resumed with {world}"
             )
         self._load(files, folder)
         log.info("resumed at update %d of %d", self.update, self.total_updates)
 
-    def _load(self, files: Mapping[str, bytes], folder: Any) -> None:
-        self.module.load_state_dict(safetensors.torch.load(files["model.safetensors"]))
-        moving = artefact.safe_load(files["optimizer.pt"], str(folder / "optimizer.pt"))
-        self.optimizer.load_state_dict(moving["optimizer"])
-        if moving["scaler"] and self.accelerator.scaler:
-            self.accelerator.scaler.load_state_dict(moving["scaler"])
-        self._tracked_state = moving["tracked"]
-        position = json.loads(files["loop.json"])
+    def _load(self, files: Mapping[str, bytes], folder: Path) -> None:
+        accelerator = self.accelerator
+        position, self._tracked_state = state.unpack(
+            files, str(folder), self.module, self.optimizer, accelerator.scaler
+        )
         self.update, self.epoch, self.batch = (
             position[name] for name in ("update", "epoch", "batch")
         )
         self.best, self.stale_epochs = position["best"], position["stale_epochs"]
-        mine = position["means"][self.accelerator.process_index]
-        self.epoch_means.restore(mine["epoch"], self.accelerator.device)
-        self.window.restore(mine["window"], self.accelerator.device)
+        mine = position["means"][accelerator.process_index]
+        self.epoch_means.restore(mine["epoch"], accelerator.device)
+        self.window.restore(mine["window"], accelerator.device)
         self._saved_update = self.update

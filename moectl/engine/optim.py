@@ -32,8 +32,9 @@ def build_optimizer(section: OptimSection, parameters: Iterable[Tensor]) -> torc
 def build_schedule(section: ScheduleSection, lr: float, epochs: int) -> Schedule:
     """Return the factor on the learning rate, constant within an epoch.
 
-    A function of the position instead of a stateful object: nothing to save, the same for any number of
-    processes. Equals torch's LinearLR times MultiStepLR or CosineAnnealingLR stepped once an epoch.
+    A function of the position instead of a stateful object: nothing to save, the same for any
+    number of processes. Equals torch's LinearLR times MultiStepLR or CosineAnnealingLR stepped once
+    an epoch.
 
     Args:
         section: shape, warm-up and drops.

@@ -14,10 +14,12 @@ from moectl.engine.settings import Flag
 
 
 def flag_of(info: FieldInfo) -> Flag | None:
+    """Return the mark of a field that has an option of its own."""
     return next((item for item in info.metadata if isinstance(item, Flag)), None)
 
 
 def python_name(key: str) -> str:
+    """Return the parameter name of a dotted key."""
     return key.replace(".", "__")
 
 
@@ -92,6 +94,7 @@ COMMON = (
 
 
 def common_options(room: str, train: bool) -> list[inspect.Parameter]:
+    """Return the options that every command of a system has."""
     option = functools.partial(typer.Option, rich_help_panel="Run")
     rows: list[tuple[str, Any, Any, Any]] = [
         (
@@ -136,7 +139,7 @@ def common_options(room: str, train: bool) -> list[inspect.Parameter]:
                     "--resume",
                     "-r",
                     metavar="REF|auto",
-                    help="Go on with a run; auto takes the newest unfinished one of this name, or starts.",
+                    help="Go on with a run; auto: the newest unfinished of this name, or a new.",
                     autocompletion=_complete_runs(room),
                 ),
             ),
@@ -163,7 +166,7 @@ def common_options(room: str, train: bool) -> list[inspect.Parameter]:
             option(
                 "--dry-run",
                 "-n",
-                help="Show every setting, where it comes from, and the size of the job; do nothing.",
+                help="Show every setting with its origin and the size of the job; do nothing.",
             ),
         ),
         ("cpu", bool, False, option("--cpu", help="Stay on the CPU.")),

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moectl.engine.errors import UserError
+from moectl.engine.files import is_file
 from moectl.engine.settings import nearest
 
 HEADER = ("command", "expected", "cost", "source")
@@ -42,18 +43,19 @@ def check_name(name: str, what: str) -> str:
     """Return a name that is safe as a file name on every system.
 
     Raises:
-        UserError: for anything but letters, digits, dots, hyphens and underscores, or a reserved name.
+        UserError: for anything but letters, digits, dots, hyphens and underscores, or a reserved
+            name.
     """
     if not NAME.fullmatch(name) or ".." in name or name.split(".")[0].upper() in _RESERVED:
         raise UserError(
             f"{what} {name[:80]!r} is not a usable name",
-            "use up to 64 letters, digits, dots, hyphens and underscores, starting with a letter or digit",
+            "use up to 64 letters, digits and . _ -, starting with a letter or digit",
         )
     return name
 
 
 def roots() -> list[Path]:
-    """Return the preset folders in order of preference: ./presets, then the ones shipped with the package."""
+    """Return the preset folders in order of preference: ./presets, then the shipped ones."""
     package = Path(__file__).resolve().parent.parent
     shipped = package / "presets"
     # A checkout keeps them beside the package, a wheel inside it.
@@ -86,7 +88,7 @@ def find(room: str | None, reference: str) -> Preset:
     """
     path = Path(reference)
     if reference.endswith(".toml"):
-        if not path.is_file():
+        if not is_file(path):
             raise UserError(f"{reference}: no such preset file")
         return Preset(room or path.resolve().parent.name, path.stem, path)
     if room is None and reference.count("/") == 1:

@@ -1,9 +1,10 @@
-"""Finding earlier runs by a short name: a path, `latest`, `NAME` or `ROOM/NAME`, each with `@best|@last|@N`."""
+"""Finding runs by a short name: a path, `latest`, `NAME` or `ROOM/NAME`, with `@best|@last|@N`."""
 
 from pathlib import Path
 from typing import Any
 
 from moectl.engine.errors import UserError
+from moectl.engine.files import is_file, is_folder
 from moectl.engine.run import read_record, runs_root
 from moectl.engine.settings import nearest
 from moectl.engine.tracking import loads_or_none
@@ -33,9 +34,9 @@ def find_run(reference: str, room: str | None = None, status: str = "") -> Path:
         UserError: if there is no such run, or several.
     """
     path = Path(reference)
-    if (path / "run.json").is_file():
+    if is_file(path / "run.json"):
         return path
-    if path.is_dir():
+    if is_folder(path):
         read_record(path)
     if "/" in reference:
         room, _, reference = reference.partition("/")
@@ -63,12 +64,12 @@ def find_run(reference: str, room: str | None = None, status: str = "") -> Path:
 
 
 def find_weights(reference: str, room: str | None = None, default: str = "last") -> Path:
-    """Return the weights file that a reference names: a file, or a run with `@best`, `@last` or `@EPOCH`.
+    """Return the weights file that a reference names: a path, or a run with `@…`.
 
     Raises:
         UserError: if the run has no such weights.
     """
-    if Path(reference).is_file():
+    if is_file(Path(reference)):
         return Path(reference)
     name, _, wanted = reference.partition("@")
     folder = find_run(name, room)

@@ -6,7 +6,7 @@ import shlex
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -198,7 +198,7 @@ def _train(settings: Settings) -> "TrainSection":
     return settings.train  # type: ignore[attr-defined]
 
 
-def create(
+def create(  # noqa: PLR0913 - what a run is
     settings: S,
     accelerator: "Accelerator",
     *,

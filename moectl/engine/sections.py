@@ -76,7 +76,7 @@ class TrainSection(Section):
     precision: Annotated[Literal["auto", "no", "bf16", "fp16"], Flag("--precision")] = "auto"
     """Mixed precision; auto takes bf16 where the processor computes it natively, else none."""
     threads: Annotated[int, Flag("--threads"), Field(ge=0)] = 0
-    """CPU threads per process; 0 takes the available cores divided by the local processes."""
+    """CPU threads per process; 0 leaves a core free and divides the rest by the processes."""
     compile: Annotated[bool, Flag("--compile")] = False
     """Compile the model with torch.compile."""
     deterministic: Annotated[bool, Flag("--deterministic")] = False

@@ -15,6 +15,7 @@ from pydantic_settings import (
     EnvSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
+    SettingsError,
 )
 
 from moectl.engine.errors import UserError
@@ -62,7 +63,7 @@ class Settings(BaseSettings):
     )
 
     @classmethod
-    def settings_customise_sources(  # noqa: PLR0913 - the library's signature
+    def settings_customise_sources(
         cls,
         settings_cls: type[BaseSettings],  # noqa: ARG003
         init_settings: PydanticBaseSettingsSource,
@@ -103,7 +104,7 @@ def resolve(
         UserError: naming every key that is unknown or out of range, and where it was set.
     """
     layers = [Layer(path.name, read_toml(path)) for path in files]
-    layers.append(Layer("environment", EnvSettingsSource(cls)()))
+    layers.append(_environment(cls))
     layers.extend(_command_line(cls, flags, assignments))
     tree = defaults(cls)
     origin = dict.fromkeys(flatten(tree), "default")
@@ -116,6 +117,19 @@ def resolve(
     except ValidationError as error:
         raise UserError(
             explain(cls, error, origin), "moectl presets show ROOM lists every key"
+        ) from None
+
+
+def _environment(cls: type[Settings]) -> Layer:
+    try:
+        return Layer("environment", EnvSettingsSource(cls)())
+    except SettingsError as error:
+        section = next(name for name in cls.model_fields if f'"{name}"' in str(error))
+        start = _variable(cls, section)
+        names = ", ".join(sorted(name for name in os.environ if name.upper().startswith(start)))
+        raise UserError(
+            f"{names}: not readable ({error.__cause__})",
+            "lists and whole tables are written as JSON",
         ) from None
 
 
@@ -234,20 +248,16 @@ def _lines(cls: type[Settings], error: ValidationError, origin: Mapping[str, str
     known = fields(cls)
     for entry in error.errors():
         key = ".".join(str(part) for part in entry["loc"])
-        place = next(
-            (origin[name] for name in (key, ".".join(key.split(".")[:2])) if name in origin), ""
-        )
-        place = place or next(
-            (where for name, where in origin.items() if name.startswith(f"{key}.")), ""
-        )
-        start = f"{place}: {key}" if place and place != "default" else key
+        below = (name for name in origin if name.startswith(f"{key}."))
+        names = (key, ".".join(key.split(".")[:2]), *below)
+        places = (origin.get(name, "default") for name in names)
+        place = next((f"{place}: " for place in places if place != "default"), "")
+        start = f"{place}{key}"
         if entry["type"] == "extra_forbidden":
             choices = known if "." in key else list(cls.model_fields)
             yield f"{start}: no such setting{nearest(key, choices)}"
         elif entry["type"] == "value_error":
-            # The rule names its own keys.
-            prefix = f"{place}: " if place not in ("", "default") else ""
-            yield f"{prefix}{entry['ctx']['error']}"
+            yield f"{place}{entry['ctx']['error']}"  # the rule names its own keys
         else:
             yield f"{start} = {entry['input']!r}: {entry['msg'][0].lower()}{entry['msg'][1:]}"
 
@@ -268,7 +278,7 @@ def unknown_variables(classes: Sequence[type[Settings]]) -> list[str]:
 
 
 def dump(settings: Settings) -> dict[str, Any]:
-    """Return the tree as plain types; keys whose value is None are left out, for TOML has no null."""
+    """Return the tree as plain types without the keys whose value is None: TOML has no null."""
     return settings.model_dump(mode="json", exclude_none=True)
 
 

@@ -33,9 +33,9 @@ class Chunk(NamedTuple):
 class Stream:
     """The order of samples over all epochs, a pure function of (seed, epoch).
 
-    Every batch of `batch_size` samples is dealt out like cards to `world` processes, and each hand is cut into
-    `accumulate` chunks. The last, smaller batch of an epoch is kept, and padded by repeating its samples only if
-    it has fewer of them than there are chunks.
+    Every batch of `batch_size` samples is dealt out like cards to `world` processes, and each hand
+    is cut into `accumulate` chunks. The last, smaller batch of an epoch is kept, and padded by
+    repeating its samples only if it has fewer of them than there are chunks.
     """
 
     samples: int
@@ -142,7 +142,8 @@ class TensorSource:
             if self.augment is None:
                 yield self.plain(picked), labels[rows]
                 continue
-            # Drawn for the whole global batch on the CPU: the same for any number of processes and any device.
+            # Drawn for the whole global batch on the CPU: the same for any number of
+            # processes and any device.
             generator = torch.Generator().manual_seed(
                 key(seed, "augment", chunk.epoch, chunk.batch)
             )
@@ -161,7 +162,7 @@ class TensorSource:
 
 
 class Keyed(torch.utils.data.Dataset[Any]):
-    """Seeds torch from (seed, epoch, index) before each item, so that workers and prefetching change nothing.
+    """Seeds torch from (seed, epoch, index) before each item: workers change nothing.
 
     Augmentations must draw from torch alone, as torchvision's do.
     """

@@ -18,8 +18,8 @@ _LONG_KEY = re.compile(rf"(?<![\w-])[\w-]++(?:[ \t]*+\.[ \t]*+[\w-]++){{{MAX_PAR
 def read_toml(path: Path) -> dict[str, Any]:
     """Parse a TOML file of bounded size, key length and nesting.
 
-    The parser of the standard library needs memory quadratic in the parts of a dotted key, so a small file
-    could exhaust the machine.
+    The parser of the standard library needs memory quadratic in the parts of a dotted key, so a
+    small file could exhaust the machine.
 
     Raises:
         UserError: if the file is missing, too large, too deep, not UTF-8 or not TOML.

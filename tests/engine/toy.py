@@ -1,8 +1,14 @@
 """A tiny system trained through the real engine, in the test or as a program of its own."""
 
+import csv
+import hashlib
+import json
 import os
 import signal
+import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +17,9 @@ from pydantic_settings import SettingsConfigDict
 
 from moectl.engine.sections import OptimSection, ScheduleSection, TrainSection
 from moectl.engine.settings import Settings
+
+EPOCHS, PER_EPOCH = 4, 4
+UPDATES = EPOCHS * PER_EPOCH
 
 
 class ToySettings(Settings):
@@ -22,7 +31,7 @@ class ToySettings(Settings):
     schedule: ScheduleSection = ScheduleSection(name="multistep", warmup=2, step1=3, step2=4)
     train: TrainSection = Field(
         default=TrainSection(
-            epochs=4, batch_size=8, precision="no", log_every=2, tensorboard=False, threads=1
+            epochs=EPOCHS, batch_size=8, precision="no", log_every=2, tensorboard=False, threads=1
         )
     )
 
@@ -35,15 +44,23 @@ def settings(**changes: Any) -> ToySettings:
     return ToySettings(**tree)
 
 
-def source(samples: int = 30) -> Any:
+def source(samples: int = 30, workers: int | None = None) -> Any:
     """Random images with a noisy augmentation, so that data order and draws matter."""
     import torch
 
-    from moectl.engine.sources import TensorSource
+    from moectl.engine.sources import FolderSource, TensorSource
 
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (samples, 3, 4, 4), generator=generator, dtype=torch.uint8)
     labels = torch.randint(0, 3, (samples,), generator=generator)
+
+    if workers is not None:  # as if each image were a file, named by its number
+        items = [(str(row), int(label)) for row, label in enumerate(labels)]
+
+        def plain(path: str) -> Any:
+            return images[int(path)] / 255
+
+        return FolderSource(items, lambda path: plain(path) + torch.rand(1), plain, workers)
 
     class Noise:
         draws = 2
@@ -56,12 +73,13 @@ def source(samples: int = 30) -> Any:
 
 def model() -> Any:
     """Batch norm and dropout: state and randomness that a sloppy resume would lose."""
+    import torch
     from torch import nn
 
     from moectl.engine.seeding import seed_all
 
     seed_all(7, "init")
-    return nn.Sequential(
+    net = nn.Sequential(
         nn.Conv2d(3, 4, 3),
         nn.BatchNorm2d(4),
         nn.ReLU(),
@@ -69,27 +87,66 @@ def model() -> Any:
         nn.Dropout(0.3),
         nn.Linear(16, 3),
     )
+    net.register_buffer("ballast", torch.zeros(4096))  # so that a checkpoint outgrows small limits
+    return net
 
 
-def train(run: Any, on_step: Any = lambda step, loss: loss) -> Any:
+class Average:
+    """A moving average of the weights, as an object that the loop keeps."""
+
+    def __init__(self, net: Any) -> None:
+        self.values = {name: value.detach().clone() for name, value in net.named_parameters()}
+
+    def follow(self, net: Any) -> None:
+        for name, value in net.named_parameters():
+            self.values[name].lerp_(value.detach(), 0.1)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.values
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.values = {name: value.clone() for name, value in state.items()}
+
+
+def evaluate(loop: Any) -> float:
+    """The mean negative loss over the plain images, collected from all processes."""
+    import torch
+    from torch.nn import functional as F
+
+    from moectl.engine.launch import gather_rows
+
+    accelerator, data = loop.accelerator, loop.source
+    rank, world = accelerator.process_index, accelerator.num_processes
+    net = loop.evaluating()
+    with torch.no_grad():
+        parts = data.ordered(8, accelerator.device, rank, world)
+        losses = [F.cross_entropy(net(x), y, reduction="none") for x, y in parts]
+    return -float(gather_rows(accelerator, torch.cat(losses), len(data)).mean())
+
+
+def train(
+    run: Any, on_step: Any = lambda step, loss: loss, net: Any = None, data: Any = None
+) -> Any:
     """The whole procedure; `on_step` may change the loss or do harm."""
     from torch.nn import functional as F
 
     from moectl.engine.optim import build_optimizer, build_schedule
 
-    net = model()
+    net = net or model()
     options = run.settings
     schedule = build_schedule(options.schedule, options.optim.lr, options.train.epochs)
     optimizer = build_optimizer(options.optim, net.parameters())
-    loop = run.loop(net, source(), optimizer, schedule, monitor="val/score")
+    loop = run.loop(net, data or source(), optimizer, schedule, monitor="val/score")
+    average = Average(net)
+    loop.track(average=average)
     for step in loop:
         images, labels = step.batch
         loss = on_step(step, F.cross_entropy(loop.model(images), labels))
         step.update(loss, double=2 * loss.detach())
+        if step.ends_update:
+            average.follow(net)
         if step.ends_epoch:
-            step.score(
-                {"val/score": -float(loss.detach()) if loop.accelerator.num_processes == 1 else 1.0}
-            )
+            step.score({"val/score": evaluate(loop)})
     return loop
 
 
@@ -105,29 +162,81 @@ def open_run(folder: Path, options: ToySettings, *, resume: str = "") -> Any:
     )
 
 
-def main() -> None:
-    """`python toy.py FOLDER [resume=auto] [kill=N | term=N | hang=N] [section__key=value …]`."""
-    folder, words = Path(sys.argv[1]), dict(word.split("=") for word in sys.argv[2:])
-    resume = words.pop("resume", "")
-    faults = {
-        name: int(words.pop(name))
-        for name in ("kill", "term", "int", "usr1", "slow")
-        if name in words
-    }
-    options = settings(**words)
+def complete(folder: Path, *, resume: str = "", on_step: Any = None, **changes: Any) -> Any:
+    """Train in this process and return the loop."""
+    with open_run(folder, settings(**changes), resume=resume) as run:
+        return train(run, on_step or (lambda step, loss: loss))
+
+
+def stop_at(update: int, number: int = signal.SIGTERM) -> Callable[[Any, Any], Any]:
+    """Send this process a signal during one update, counted from 1."""
 
     def harm(step: Any, loss: Any) -> Any:
-        numbers = {
-            "term": signal.SIGTERM,
-            "int": signal.SIGINT,
-            "usr1": signal.SIGUSR1,
-            "kill": signal.SIGKILL,
-        }
-        rank = os.environ.get("RANK", "0")
-        for name, number in numbers.items():
-            # In two processes only the second is told: all must stop at the same update.
-            if faults.get(name) == step.index and rank == os.environ.get("HARM_RANK", "0"):
-                os.kill(os.getpid(), number)
+        if step.index == update - 1:
+            os.kill(os.getpid(), number)
+        return loss
+
+    return harm
+
+
+def checkpoints(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
+def digests(folder: Path, checkpoint: str = f"update-{UPDATES:08d}") -> dict[str, str]:
+    """Checksums of the files of one checkpoint."""
+    files = (folder / "checkpoints" / checkpoint).iterdir()
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def metrics(folder: Path) -> list[dict[str, str]]:
+    """The rows of metrics.csv without the column of time."""
+    with (folder / "metrics.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        del row["elapsed_seconds"]
+    return rows
+
+
+def status(folder: Path) -> tuple[str, str]:
+    record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    return record["status"], record["reason"]
+
+
+def launch(*words: object, processes: int = 1, **options: Any) -> subprocess.Popen[str]:
+    """Start this file as a program of its own."""
+    start = [sys.executable]
+    if processes > 1:
+        start += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    root = Path(__file__).resolve().parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root), **options.pop("env", {})}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(
+        [*start, __file__, *map(str, words)], env=environment, **{**pipes, **options}
+    )
+
+
+def main(words: list[str]) -> int:
+    """`python toy.py FOLDER [resume=auto|named] [kill=N|term=N|int=N|usr1=N|nan=N] [slow=S] [workers=N] [section__key=value]`.
+
+    `HARM_RANK` picks the process that is hit. Several such groups, with `--` between them, run one after another.
+    """
+    folder, given = Path(words[0]), dict(word.split("=") for word in words[1:])
+    resume, slow = given.pop("resume", ""), float(given.pop("slow", 0))
+    workers = given.pop("workers", None)
+    kinds = ("kill", "term", "int", "usr1", "nan")
+    faults = {name: int(given.pop(name)) for name in kinds if name in given}
+    options = settings(**given)
+
+    def harm(step: Any, loss: Any) -> Any:
+        time.sleep(slow)
+        # In two processes only one is told: all must stop at the same update.
+        if os.environ.get("RANK", "0") == os.environ.get("HARM_RANK", "0"):
+            for name, update in faults.items():
+                if update == step.index and name == "nan":
+                    loss = loss * float("nan")
+                elif update == step.index:
+                    os.kill(os.getpid(), getattr(signal, f"SIG{name.upper()}"))
         return loss
 
     from moectl.engine import console
@@ -136,16 +245,29 @@ def main() -> None:
     console.setup()
     try:
         with open_run(folder, options, resume=resume) as run:
-            train(run, harm)
+            train(run, harm, data=source(workers=int(workers)) if workers else None)
     except Interrupted:
-        sys.exit(75)
+        return 75
+    except KeyboardInterrupt:
+        return 130
     except RunFailed as error:
         console.error(str(error))
-        sys.exit(1)
+        return 1
     except UserError as error:
         console.error(error.message, error.hint)
-        sys.exit(2)
+        return 2
+    return 0
+
+
+def groups(words: list[str]) -> list[list[str]]:
+    text = "\n".join(words)
+    return [part.split("\n") for part in text.split("\n--\n")]
 
 
 if __name__ == "__main__":
-    main()
+    codes = [main(group) for group in groups(sys.argv[1:])]
+    if len(codes) > 1:
+        if os.environ.get("RANK", "0") == "0":
+            print(json.dumps(codes))  # noqa: T201
+        sys.exit(0)
+    sys.exit(codes[0])

@@ -1,0 +1,326 @@
+"""Plots as PNG files: thin helpers over matplotlib with one theme and no global state."""
+
+import io
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from moectl.engine.files import write_bytes
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Values = Sequence[float | None]
+"""Numbers to draw; None leaves a gap."""
+
+Scale = Literal["plain", "percent", "log"]
+"""How an axis is written; `percent` is for fractions."""
+
+# Source: Okabe & Ito 2008, a palette that colour-blind readers can tell apart.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#4D4D4D")
+_STYLES = ("-", "--", ":", "-.")
+_INK, _GRID = "#262626", "#E3E3E3"
+_NAMED = 30  # more names than this on an axis could not be read
+_WRITTEN = 12  # a heat map with more classes than this has no room for numbers
+
+
+def lines(
+    path: Path,
+    series: Mapping[str, tuple[Sequence[float], Values]],
+    *,
+    title: str,
+    x_label: str,
+    y_label: str,
+    scale: Scale = "plain",
+) -> None:
+    """Draw curves.
+
+    Args:
+        path: the PNG file.
+        series: name to (x, y).
+        title: above the axes.
+        x_label: below the axes.
+        y_label: beside the axes.
+        scale: of the y axis.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    figure = _figure(6.4, 4.0)
+    axes = _axes(figure, (1, 1, 1), title=title, x_label=x_label, y_label=y_label, scale=scale)
+    for number, (xs, ys) in enumerate(series.values()):
+        axes.plot(
+            xs,
+            _known(ys),
+            color=PALETTE[number % len(PALETTE)],
+            linestyle=_STYLES[number // len(PALETTE) % len(_STYLES)],
+            linewidth=1.8,
+            marker="o" if len(ys) <= 20 else "",  # a single point has no line to be seen
+            markersize=3.5,
+        )
+    if all(float(x).is_integer() for xs, _ in series.values() for x in xs):
+        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
+    _legend(axes, axes.get_lines(), list(series))
+    _save(figure, path)
+
+
+def bars(
+    path: Path,
+    groups: Mapping[str, Mapping[str, float | None]],
+    *,
+    title: str,
+    x_label: str,
+    y_label: str,
+    scale: Scale = "plain",
+) -> None:
+    """Draw groups of bars: name of the group to name of the bar to its height."""
+    names = list(dict.fromkeys(name for group in groups.values() for name in group))
+    width = 0.8 / max(len(names), 1)
+    figure = _figure(max(6.4, 0.3 * len(groups) * len(names)), 4.0)
+    axes = _axes(figure, (1, 1, 1), title=title, x_label=x_label, y_label=y_label, scale=scale)
+    drawn = [
+        axes.bar(
+            [place + (number - (len(names) - 1) / 2) * width for place in range(len(groups))],
+            _known([group.get(name) for group in groups.values()]),
+            width,
+            color=PALETTE[number % len(PALETTE)],
+            edgecolor="white",
+            linewidth=0.6,
+        )
+        for number, name in enumerate(names)
+    ]
+    axes.grid(visible=False, axis="x")
+    _name(axes, "x", list(groups))
+    _legend(axes, drawn, names)
+    _save(figure, path)
+
+
+def bar_panels(
+    path: Path,
+    names: Sequence[str],
+    panels: Mapping[str, Values],
+    *,
+    title: str,
+    x_label: str,
+    scales: Mapping[str, Scale],
+) -> None:
+    """Draw several quantities of the same items below each other.
+
+    Args:
+        path: the PNG file.
+        names: the items, one bar each.
+        panels: label of the y axis to values, from the top down.
+        title: above the first panel.
+        x_label: below the last panel.
+        scales: label of the y axis to its scale; plain if not named.
+    """
+    figure = _figure(min(12.8, max(6.4, 0.08 * len(names))), 2.2 * len(panels))
+    for number, (label, values) in enumerate(panels.items()):
+        last = number == len(panels) - 1
+        axes = _axes(
+            figure,
+            (len(panels), 1, number + 1),
+            title=title if number == 0 else "",
+            x_label=x_label if last else "",
+            y_label=label,
+            scale=scales.get(label, "plain"),
+        )
+        axes.bar(range(len(values)), _known(values), 0.85, color=PALETTE[number % len(PALETTE)])
+        axes.set_xlim(-0.6, len(names) - 0.4)
+        axes.grid(visible=False, axis="x")
+        if len(names) <= _NAMED:
+            _name(axes, "x", names if last else [""] * len(names))
+    _save(figure, path)
+
+
+def heat_map(
+    path: Path,
+    values: Sequence[Values],
+    *,
+    title: str,
+    x_label: str,
+    y_label: str,
+    names: Sequence[str] = (),
+) -> None:
+    """Draw a matrix of fractions, for instance a confusion matrix with rows that sum to 1.
+
+    Args:
+        path: the PNG file.
+        values: rows from the top down; None is left white.
+        title: above the axes.
+        x_label: below the axes.
+        y_label: beside the axes.
+        names: of rows and columns; left out where they could not be read.
+    """
+    from matplotlib.colors import PowerNorm
+    from matplotlib.ticker import PercentFormatter
+
+    figure = _figure(6.4, 5.4)
+    axes = _axes(figure, (1, 1, 1), title=title, x_label=x_label, y_label=y_label)
+    axes.grid(visible=False)
+    # The square root keeps small confusions visible beside a strong diagonal.
+    image = axes.imshow(
+        [_known(row) for row in values],
+        cmap="Blues",
+        norm=PowerNorm(0.5, 0, 1),
+        interpolation="nearest",
+    )
+    bar = figure.colorbar(image, ax=axes, format=PercentFormatter(1), shrink=0.85)
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(labelsize=9, color=_GRID)
+    if names and len(names) <= _NAMED:
+        _name(axes, "x", names)
+        _name(axes, "y", names)
+    if len(values) <= _WRITTEN:
+        _write_cells(axes, values)
+    _save(figure, path)
+
+
+def _write_cells(axes: "Axes", values: Sequence[Values]) -> None:
+    for row, cells in enumerate(values):
+        for column, value in enumerate(cells):
+            if value is not None:
+                ink = "white" if value > 0.4 else _INK
+                text = f"{100 * value:.0f}"
+                axes.text(column, row, text, ha="center", va="center", fontsize=8, color=ink)
+
+
+def reliability(
+    path: Path, panels: Mapping[str, Sequence[Mapping[str, Any]]], *, title: str
+) -> None:
+    """Draw accuracy over confidence, one panel per model, and the gap between both.
+
+    Args:
+        path: the PNG file.
+        panels: name to bins with `lower upper weight accuracy confidence`; empty bins have None.
+        title: above all panels.
+
+    Source: Guo et al. 2017.
+    """
+    columns = min(4, max(len(panels), 1))
+    rows = max(1, math.ceil(len(panels) / columns))
+    figure = _figure(max(4.0, 2.9 * columns), 3.1 * rows + 0.4)
+    figure.suptitle(title, fontsize=12, color=_INK, parse_math=False)
+    for number, (name, bins) in enumerate(panels.items(), 1):
+        axes = _axes(
+            figure,
+            (rows, columns, number),
+            title=f"{name}: ECE {100 * _gap(bins):.1f} %",
+            x_label="confidence",
+            y_label="accuracy" if number % columns == 1 or columns == 1 else "",
+        )
+        _draw_bins(axes, [entry for entry in bins if entry["accuracy"] is not None])
+    drawn = figure.axes[0].get_legend_handles_labels() if panels else ([], [])
+    figure.legend(*drawn, loc="outside lower center", ncols=3, fontsize=9, frameon=False)
+    _save(figure, path)
+
+
+def _draw_bins(axes: "Axes", bins: Sequence[Mapping[str, Any]]) -> None:
+    left = [entry["lower"] for entry in bins]
+    width = [entry["upper"] - entry["lower"] for entry in bins]
+    hits = [entry["accuracy"] for entry in bins]
+    gaps = [entry["confidence"] - entry["accuracy"] for entry in bins]
+    axes.bar(left, hits, width, align="edge", color=PALETTE[5], edgecolor="white", label="accuracy")
+    axes.bar(
+        left,
+        gaps,
+        width,
+        bottom=hits,
+        align="edge",
+        color=PALETTE[1],
+        alpha=0.5,
+        edgecolor=PALETTE[1],
+        label="gap to confidence",
+    )
+    axes.plot([0, 1], [0, 1], color=_INK, linestyle="--", linewidth=1, label="calibrated")
+    axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
+
+
+def _gap(bins: Sequence[Mapping[str, Any]]) -> float:
+    filled = [entry for entry in bins if entry["accuracy"] is not None]
+    return sum(entry["weight"] * abs(entry["accuracy"] - entry["confidence"]) for entry in filled)
+
+
+def _figure(width: float, height: float) -> "Figure":
+    """Return a figure of its own: pyplot would keep a global list and choose a window system."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=144, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _axes(
+    figure: "Figure",
+    place: tuple[int, int, int],
+    *,
+    title: str,
+    x_label: str,
+    y_label: str,
+    scale: Scale = "plain",
+) -> "Axes":
+    axes = figure.add_subplot(*place)
+    # Names come from users and data sets: a dollar sign in them is not a formula.
+    axes.set_title(title, fontsize=12, color=_INK, loc="left", parse_math=False)
+    axes.set_xlabel(x_label, fontsize=10, color=_INK, parse_math=False)
+    axes.set_ylabel(y_label, fontsize=10, color=_INK, parse_math=False)
+    axes.tick_params(labelsize=9, color=_GRID, labelcolor=_INK)
+    axes.grid(visible=True, color=_GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(_GRID)
+    _scale(axes, scale)
+    return axes
+
+
+def _scale(axes: "Axes", scale: Scale) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator, PercentFormatter
+
+    if scale == "percent":
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+    elif scale == "log":
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_locator(NullLocator())
+
+
+def _name(axes: "Axes", axis: str, names: Sequence[str]) -> None:
+    slanted = axis == "x" and len(names) * max(map(len, names), default=0) > 50
+    axes.tick_params(axis=axis, length=0)  # type: ignore[arg-type]
+    side = axes.xaxis if axis == "x" else axes.yaxis
+    side.set_ticks(
+        range(len(names)),
+        list(names),
+        parse_math=False,
+        rotation=40 if slanted else 0,
+        ha="right" if slanted or axis == "y" else "center",
+        rotation_mode="anchor" if slanted else "default",
+    )
+
+
+def _legend(axes: "Axes", handles: Sequence[Any], names: Sequence[str]) -> None:
+    """Name the series, below the axes where many would hide the curves."""
+    if len(names) < 2:
+        return
+    legend = axes.legend(handles, [""] * len(names), fontsize=9, frameon=False)
+    for text, name in zip(legend.get_texts(), names, strict=True):
+        text.set_parse_math(False)
+        text.set_text(name)
+
+
+def _known(values: Values) -> list[float]:
+    return [math.nan if value is None else value for value in values]
+
+
+def _save(figure: "Figure", path: Path) -> None:
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        # Class names may be in scripts that the font lacks; they are drawn as boxes.
+        warnings.filterwarnings("ignore", "Glyph", UserWarning)
+        # Without the version of the library in it, a file changes only when the picture does.
+        figure.savefig(buffer, format="png", metadata={"Software": None})
+    write_bytes(path, buffer.getvalue())

@@ -1,0 +1,311 @@
+"""`moectl runs`: what was run, what came out, and how runs differ."""
+
+import csv
+import importlib
+import json
+import os
+import socket
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from moectl.engine import console
+from moectl.engine.errors import UserError
+from moectl.engine.files import write_bytes
+from moectl.engine.references import all_runs, find_run, find_weights
+from moectl.engine.report import duration
+from moectl.engine.run import read_record
+from moectl.engine.settings import flatten, nearest
+from moectl.engine.toml import read_toml
+from moectl.engine.tracking import read_metrics
+from moectl.tools.rooms import check_room
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Json = Annotated[bool, typer.Option("--json", help="The result as one JSON document on stdout.")]
+Reference = Annotated[str, typer.Argument(metavar="REF", help="Path, name, ROOM/NAME, or latest.")]
+Status = Literal["running", "finished", "interrupted", "failed", "killed"]
+
+
+def list_(
+    room: Annotated[str | None, typer.Argument(help="Only runs of this system.")] = None,
+    status: Annotated[
+        Status | None, typer.Option("--status", help="Only runs in this state.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """List the runs."""
+    console.setup(as_json=as_json)
+    found = [_entry(*run) for run in all_runs(check_room(room) if room else None)]
+    found = [entry for entry in found if status in (None, entry["status"])]
+    rows = [
+        [
+            entry["name"],
+            entry["room"],
+            entry["status"],
+            entry["started"],
+            f"{entry['epoch'] or 0}/{entry['epochs'] or '?'}",
+            entry["update"] or 0,
+            " ".join(console.cell(part) for part in entry["score"].values()) or None,
+            duration(entry["wall_seconds"]),
+        ]
+        for entry in found
+    ]
+    columns = ("name", "room", "status", "started", "epoch", "update", "score", "time")
+    console.result(found, console.table(columns, rows))
+
+
+def show(reference: Reference, as_json: Json = False) -> None:
+    """Print one run."""
+    console.setup(as_json=as_json)
+    folder = find_run(reference)
+    record = read_record(folder)
+    files = {
+        path.relative_to(folder).as_posix(): path.stat().st_size
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    status = status_of(record)
+    document = {**record, "folder": str(folder), "status": status, "files": files}
+    words = ("command", "started", "wall_seconds", "device", "precision", "seed", "argv")
+    facts = [
+        ("folder", str(folder)),
+        ("status", f"{status} {record.get('reason') or ''}".strip()),
+        *((word.replace("_", " "), record[word]) for word in words if word in record),
+        *(("parent", parent.get("path")) for parent in record.get("parents", [])),
+    ]
+    scores = [(name, value) for name, value in flatten(record.get("scores", {})).items()]
+    sizes = _by_folder(files)
+    shown = console.table(("run", str(record.get("run", folder.name))), [*facts, *scores, *sizes])
+    for end in (len(facts), len(facts) + len(scores)):
+        shown.rows[end - 1].end_section = True
+    console.result(document, shown)
+
+
+def compare(
+    references: Annotated[
+        list[str], typer.Argument(metavar="REF REF…", help="The runs, two or more.")
+    ],
+    plot: Annotated[
+        Path | None, typer.Option("--plot", help="Draw a metric of the runs into this PNG file.")
+    ] = None,
+    metric: Annotated[
+        str | None,
+        typer.Option(
+            "--metric",
+            help="What to draw: a column of metrics.csv.",
+            show_default="the first val/… column",
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Compare the settings and scores of runs."""
+    console.setup(as_json=as_json)
+    if len(references) < 2:
+        raise UserError("a comparison needs two runs or more", "moectl runs show REF prints one")
+    if metric and not plot:
+        raise UserError(f"--metric {metric} says what to draw, and --plot FILE.png where")
+    folders = [find_run(reference) for reference in references]
+    if plot:
+        _draw(folders, plot, metric)
+    settings = _aligned([_settings(folder) for folder in folders])
+    settings = {key: values for key, values in settings.items() if len(set(map(str, values))) > 1}
+    scores = _aligned([flatten(read_record(folder).get("scores", {})) for folder in folders])
+    document = {
+        "runs": [str(folder) for folder in folders],
+        "settings": settings,
+        "scores": scores,
+        "plot": str(plot) if plot else None,
+    }
+    rows = [[key, *map(_shown, values)] for key, values in {**settings, **scores}.items()]
+    shown = console.table(("", *(folder.name for folder in folders)), rows)
+    if settings:
+        shown.rows[len(settings) - 1].end_section = True
+    console.result(document, shown)
+
+
+def report(reference: Reference, as_json: Json = False) -> None:
+    """Draw the plots and the report of a run again."""
+    console.setup(as_json=as_json)
+    folder = find_run(reference)
+    room = check_room(str(read_record(folder).get("room", "")))
+    importlib.import_module(f"moectl.{room}.report").report(folder)
+    plots = [str(path) for path in sorted(folder.glob("plots/*.png"))]
+    path = str(folder / "report.md")
+    console.result({"report": path, "plots": plots}, path)
+
+
+def export(
+    reference: Annotated[
+        str,
+        typer.Argument(metavar="REF", help="A run with @best, @last or @EPOCH, or a weights file."),
+    ],
+    to: Annotated[
+        Path | None,
+        typer.Option("--to", help="The new file.", show_default="beside the weights"),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write the weights of a run as safetensors."""
+    console.setup(as_json=as_json)
+    source = find_weights(reference)
+    target = to or source.with_suffix(".safetensors")
+    if target.suffix != ".safetensors":
+        raise UserError(f"--to {target}: the file must end in .safetensors")
+    if target.exists() and not force:
+        raise UserError(f"{target}: exists already", "--force replaces it")
+    import safetensors.torch
+
+    from moectl.engine import artefact
+
+    weights = artefact.load(source)
+    tensors = _tensors(weights.payload, source)
+    metadata = {"format": "pt", **{key: _text(fact) for key, fact in weights.facts.items()}}
+    try:
+        write_bytes(target, safetensors.torch.save(tensors, metadata))
+    except OSError as error:
+        raise UserError(f"--to {target}: cannot be written ({error.strerror})") from None
+    document = {"from": str(source), "to": str(target), "tensors": len(tensors)}
+    console.result(document, str(target))
+
+
+def status_of(record: Mapping[str, Any]) -> str:
+    """Return the status of a run; `killed` if it says running and its process here is gone."""
+    status = str(record.get("status", "?"))
+    if status == "running" and record.get("host") == socket.gethostname() and record.get("pid"):
+        try:
+            os.kill(int(record["pid"]), 0)
+        except ProcessLookupError:
+            return "killed"
+        except PermissionError:  # alive, and another user's
+            pass
+    return status
+
+
+def _entry(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
+    row = _last_row(folder / "metrics.csv")
+    return {
+        "name": folder.name,
+        "folder": str(folder),
+        "room": record.get("room", folder.parent.name),
+        "status": status_of(record),
+        "started": record.get("started"),
+        "epoch": int(row["epoch"]) if row.get("epoch") else None,
+        "epochs": _epochs(folder),
+        "update": int(row["update"]) if row.get("update") else None,
+        "score": _main_score(record.get("scores", {})),
+        "wall_seconds": record.get("wall_seconds", 0.0),
+    }
+
+
+def _main_score(scores: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the first score of the last weights, or of those there are."""
+    for tag in ("last", "best", *scores):
+        values = scores.get(tag)
+        if isinstance(values, Mapping):
+            for name, value in values.items():
+                if name != "epoch":
+                    return {"name": f"{tag}/{name}", "value": value}
+    return {}
+
+
+def _last_row(path: Path) -> dict[str, str]:
+    """Return the last whole row of a CSV file without parsing the others."""
+    if not path.exists():
+        return {}
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    if len(lines) < 2:
+        return {}
+    return next(csv.DictReader([lines[0], lines[-1]]))
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    path = folder / "settings.toml"
+    return flatten(read_toml(path)) if path.exists() else {}
+
+
+def _epochs(folder: Path) -> int | None:
+    try:
+        return _settings(folder).get("train.epochs")
+    except UserError:  # one damaged run must not hide the others
+        return None
+
+
+def _aligned(columns: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """Return every key with its value in each column, None where it has none."""
+    keys = dict.fromkeys(key for column in columns for key in column)
+    return {key: [column.get(key) for column in columns] for key in keys}
+
+
+def _draw(folders: Sequence[Path], path: Path, metric: str | None) -> None:
+    from moectl.engine import plot as drawing
+
+    if path.suffix != ".png":
+        raise UserError(f"--plot {path}: the file must end in .png")
+    tables = [read_metrics(folder / "metrics.csv") for folder in folders]
+    common = [name for name in tables[0] if all(name in table for table in tables)]
+    wanted = metric or next((name for name in common if name.startswith("val/")), None)
+    if wanted is None:
+        raise UserError("the runs have no validation metric in common", _columns(common))
+    if wanted not in common:
+        message = f"--metric {wanted}: not in the metrics of every run{nearest(wanted, common)}"
+        raise UserError(message, _columns(common))
+    names = [folder.name for folder in folders]
+    series = {
+        str(folder) if names.count(name) > 1 else name: tuple(zip(*table[wanted], strict=True))
+        for name, folder, table in zip(names, folders, tables, strict=True)
+    }
+    labels = {"title": wanted, "x_label": "update", "y_label": wanted}
+    try:
+        drawing.lines(path, series, **labels)  # type: ignore[arg-type]
+    except OSError as error:
+        raise UserError(f"--plot {path}: cannot be written ({error.strerror})") from None
+
+
+def _columns(names: Sequence[str]) -> str:
+    return f"they share: {', '.join(names) or 'nothing'}"
+
+
+def _tensors(payload: Mapping[str, Any], path: Path) -> "dict[str, Tensor]":
+    """Return the weights in a payload, each in memory of its own as the format wants it."""
+    import torch
+
+    names = [name for name in ("state_dict", "model_state_dict", "model") if name in payload]
+    weights = payload[names[0]] if names else payload
+    tensors = {
+        name: value.detach().clone(memory_format=torch.contiguous_format)
+        for name, value in weights.items()
+        if isinstance(value, torch.Tensor)
+    }
+    if not tensors:
+        raise UserError(f"{path}: holds no weights, only {', '.join(map(str, payload))}")
+    return tensors
+
+
+def _text(fact: Any) -> str:
+    return fact if isinstance(fact, str) else json.dumps(fact)
+
+
+def _by_folder(files: Mapping[str, int]) -> list[tuple[str, str]]:
+    """Return name and size of the files on the first level, and of each folder as a whole."""
+    rows: dict[str, list[int]] = {}
+    for name, size in files.items():
+        folder, slash, _ = name.partition("/")
+        rows.setdefault(folder + slash, []).append(size)
+    return [
+        (name, f"{len(sizes)} files, {_size(sum(sizes))}" if "/" in name else _size(sizes[0]))
+        for name, sizes in rows.items()
+    ]
+
+
+def _size(size: int) -> str:
+    return f"{size / 2**20:.1f} MiB" if size >= 2**20 else f"{size / 2**10:.1f} KiB"
+
+
+def _shown(value: Any) -> Any:
+    """Leave numbers to the table; write switches and lists as TOML does."""
+    return json.dumps(value) if isinstance(value, bool | list) else value

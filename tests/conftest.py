@@ -1,0 +1,71 @@
+"""What every test starts from: an empty working folder, no settings in the environment, no leftovers."""
+
+import importlib.util
+import logging
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; programs started by tests inherit it
+
+_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty folder to work in, and nothing in the environment or the process that another test left."""
+    for name in list(os.environ):
+        if name.upper().startswith(("MOECTL_", "ACCELERATE_")) or name in _LAUNCHER:
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "HF_HUB_DISABLE_TELEMETRY"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))  # so that what a test sets is undone
+        monkeypatch.delenv(name)
+    folder = tmp_path / "work"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    log = logging.getLogger("moectl")
+    handlers, level, propagate = list(log.handlers), log.level, log.propagate
+    signals = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield folder
+    for handler in set(log.handlers) - set(handlers):
+        handler.close()
+    log.handlers, log.level, log.propagate = handlers, level, propagate
+    for number, handler_before in signals.items():
+        signal.signal(number, handler_before)
+    _reset()
+
+
+def _reset() -> None:
+    if "moectl.engine.console" in sys.modules:
+        sys.modules["moectl.engine.console"]._state.update(json=False, quiet=False)
+    if "accelerate" in sys.modules:
+        from accelerate.state import AcceleratorState, GradientState
+
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The folder of the project."""
+    return _ROOT
+
+
+@pytest.fixture(scope="session")
+def toy() -> ModuleType:
+    """The tiny system that is trained through the real engine."""
+    path = _ROOT / "tests" / "engine" / "toy.py"
+    spec = importlib.util.spec_from_file_location("toy", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["toy"] = module
+    spec.loader.exec_module(module)
+    return module
