@@ -146,6 +146,7 @@ def _run(arguments: list[str]) -> int:
     from moectl.engine.errors import Interrupted, RunFailed, UserError
 
     debug = "--debug" in arguments
+    arguments = [word for word in arguments if word != "--debug"]
     try:
         return int(app(arguments, prog_name="moectl", standalone_mode=False) or 0)
     except UserError as error:

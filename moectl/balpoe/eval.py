@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
+_LARGEST_CONFUSION = 1000
+
+
 @torch.no_grad()
 def predict(
     model: nn.Module, source: Source, accelerator: "Accelerator", batch_size: int, batches: int = 0
@@ -120,10 +123,6 @@ def measure(
     calibration["ensemble"]["temperature"] = calibrated.fit_temperature(
         val_logits.mean(1), val_labels
     )
-    bins = {
-        "ensemble": ensemble,
-        **{f"expert_{number}": logits[:, number] for number in range(logits.shape[1])},
-    }
     classes = len(data.class_counts)
     fair = to_uniform(logits, prior, taus)
     head = {
@@ -134,16 +133,10 @@ def measure(
         "scores": head,
         "accuracy": accuracy,
         "per_class": scores.per_class_accuracy(ensemble.argmax(1), labels, classes),
-        "confusion": scores.confusion(ensemble.argmax(1), labels, classes).tolist(),
+        "confusion": _confusion(ensemble, labels, classes),
         "shifted": shifted_table(logits, labels, prior, settings.eval.shifts),
         "calibration": calibration,
-        "reliability": {
-            name: [
-                asdict(item)
-                for item in calibrated.reliability(z.softmax(1), labels, settings.eval.bins)
-            ]
-            for name, z in bins.items()
-        },
+        "reliability": reliability_table(logits, labels, prior, taus, settings.eval.bins),
         "diversity": asdict(
             scores.expert_diversity(fair, labels, scores.shot_groups(data.class_counts))
         ),
@@ -206,6 +199,29 @@ def calibration_table(
             adjusted[:, number], labels, uniform, bins
         )
     return table
+
+
+def reliability_table(
+    logits: Tensor, labels: Tensor, prior: Tensor, taus: Tensor, bins: int
+) -> dict[str, list[dict[str, Any]]]:
+    """Accuracy over confidence of the ensemble, and of each expert at its own target prior."""
+
+    def rows(z: Tensor, weights: Tensor | None) -> list[dict[str, Any]]:
+        return [asdict(row) for row in calibrated.reliability(z.softmax(1), labels, bins, weights)]
+
+    targets = target_log_priors(prior, taus).exp()
+    table = {"ensemble": rows(logits.mean(1), None)}
+    for number in range(logits.shape[1]):
+        weights = scores.prior_weights(labels, targets[number])
+        table[f"expert_{number}"] = rows(logits[:, number], weights)
+    return table
+
+
+def _confusion(ensemble: Tensor, labels: Tensor, classes: int) -> list[list[int]]:
+    """Counts, rows are true classes; empty where nobody could look at them all."""
+    if classes > _LARGEST_CONFUSION:
+        return []
+    return list(scores.confusion(ensemble.argmax(1), labels, classes).tolist())
 
 
 def _calibration(

@@ -142,7 +142,7 @@ def _results(evidence: Evidence) -> str:
         rows.append([tag, scores.get("epoch"), *shares, scores.get("nll")])
     published = PUBLISHED.get(configuration(evidence.settings))
     if published:
-        figures = [None, percent(published.accuracy), *[None] * 4]
+        figures = [percent(published.accuracy), *[None] * 5]
         errors = [percent(published.ece), percent(published.mce), None]
         rows.append([f"published: {PAPER}", None, *figures, *errors])
     columns = ("weights", "epoch", "accuracy", "balanced", *SHOTS, "top 5", "ECE", "MCE", "NLL")

@@ -31,7 +31,8 @@ MONITOR = "val/balanced_accuracy"
 def train(settings: BalpoeSettings, run: Run[BalpoeSettings]) -> None:
     """Train the experts, test the last and the best epoch, and write the report."""
     _warn(settings)
-    data = load(settings.data, settings.train.seed)
+    with run.accelerator.main_process_first():  # one download for all
+        data = load(settings.data, settings.train.seed)
     model = build(settings, data).to(memory_format=torch.channels_last)
     optimizer = build_optimizer(settings.optim, model.parameters())
     schedule = build_schedule(settings.schedule, settings.optim.lr, settings.train.epochs)
@@ -99,8 +100,8 @@ def _save(loop: Loop, data: Data, epoch: int, *, best: bool) -> None:
     payload = {
         "arch": settings.model.arch,
         "epoch": epoch,
-        "state_dict": _on_cpu(loop.module.state_dict()),
-        "optimizer": _on_cpu(loop.optimizer.state_dict()),
+        "state_dict": loop.module.state_dict(),
+        "optimizer": loop.optimizer.state_dict(),
         "monitor_best": loop.best["value"],
         "config": dump(settings),
         "criterion": {"name": "balpoe", "taus": list(settings.taus)},
@@ -114,28 +115,18 @@ def _save(loop: Loop, data: Data, epoch: int, *, best: bool) -> None:
         run.save_weights("model_best.pth", payload, facts, epoch=epoch, best=True)
 
 
-def _on_cpu(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach().cpu().contiguous()
-    if isinstance(value, dict):
-        return {key: _on_cpu(item) for key, item in value.items()}
-    return [_on_cpu(item) for item in value] if isinstance(value, list) else value
-
-
 def _finish(settings: BalpoeSettings, data: Data, loop: Loop) -> None:
     """Measure the last and the best weights on the test set, and draw what there is to see."""
     run = loop.run
     summary = {}
-    for entry in sorted(run.record["weights"], key=lambda item: bool(item["best"])):
-        last = not entry["best"] and entry["epoch"] == loop.epoch
-        if last or entry["best"]:
-            name = "best" if entry["best"] else "last"
-            weights = artefact.load(run.folder / entry["file"])
-            loop.module.load_state_dict(weights.payload["state_dict"])
-            document = measure(loop.evaluating(), data, settings, run.accelerator)
-            summary[name] = {"epoch": entry["epoch"], **document["scores"]}
-            if run.is_main:
-                write_evaluation(run.folder, f"test@{name}", document, entry)
+    for name, file in (("last", f"checkpoint-epoch{loop.epoch}.pth"), ("best", "model_best.pth")):
+        weights = artefact.load(run.folder / file)
+        loop.module.load_state_dict(weights.payload["state_dict"])
+        document = measure(loop.evaluating(), data, settings, run.accelerator)
+        entry = {"file": file, "sha256": weights.sha256, "epoch": weights.facts["epoch"]}
+        summary[name] = {"epoch": entry["epoch"], **document["scores"]}
+        if run.is_main:
+            write_evaluation(run.folder, f"test@{name}", document, entry)
     run.note(scores=summary)
     if run.is_main:
         write_json(run.folder / "summary.json", summary)

@@ -6,6 +6,7 @@ sidecar says how to rebuild the model and carries the checksum.
 
 import io
 import json
+import sys
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -38,12 +39,25 @@ def save(path: Path, payload: Mapping[str, Any], facts: Mapping[str, Any]) -> di
     import torch
 
     buffer = io.BytesIO()  # through memory: the bytes do not depend on the file's name
-    torch.save(dict(payload), buffer)
+    torch.save(_canonical(dict(payload)), buffer)
     data = buffer.getvalue()
     sidecar = {**facts, "file": path.name, "bytes": len(data), "sha256": sha256(data)}
     write_bytes(path, data)
     write_json(path.with_name(f"{path.name}.json"), sidecar)
     return sidecar
+
+
+def _canonical(value: Any) -> Any:
+    """Bring tensors to the CPU and make equal strings one object: equal contents, equal bytes."""
+    from torch import Tensor
+
+    if isinstance(value, Tensor):
+        return value.detach().cpu().contiguous()
+    if isinstance(value, Mapping):
+        return {_canonical(key): _canonical(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_canonical(item) for item in value)
+    return sys.intern(value) if isinstance(value, str) else value
 
 
 def load(path: Path) -> Artefact:
@@ -98,4 +112,6 @@ def _sidecar(path: Path) -> dict[str, Any]:
         facts = json.loads(sidecar.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{sidecar}: not valid JSON ({error})") from None
-    return dict(facts)
+    if not isinstance(facts, dict) or "sha256" not in facts:
+        raise UserError(f"{sidecar}: has no checksum of {path.name}")
+    return facts

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 log = logging.getLogger("moectl")
 
@@ -75,7 +76,8 @@ def result(document: Any, shown: "Table | str") -> None:
     else:
         # A pipe gets the full width, so that no cell is cut.
         width = None if sys.stdout.isatty() else 10_000
-        Console(file=sys.stdout, width=width, highlight=False).print(shown)
+        plain = Console(file=sys.stdout, width=width, highlight=False, markup=False, emoji=False)
+        plain.print(shown)
     sys.stdout.flush()
 
 
@@ -88,7 +90,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: str =
         numeric = bool(rows) and all(isinstance(row[number], int | float | None) for row in rows)
         built.add_column(column, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
-        built.add_row(*(cell(value) for value in row))
+        built.add_row(*(Text(cell(value)) for value in row))
     return built
 
 

@@ -18,9 +18,9 @@ class Lock:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self._file.seek(0)
-            raise UserError(
-                f"{folder}: another process is writing here ({self._file.read().strip()})"
-            ) from None
+            holder = self._file.read().strip()
+            self._file.close()
+            raise UserError(f"{folder}: another process is writing here ({holder})") from None
         self._file.truncate(0)
         now = datetime.now(UTC).isoformat(timespec="seconds")
         self._file.write(f"process {os.getpid()} on {socket.gethostname()} since {now}\n")

@@ -13,7 +13,9 @@ from moectl.engine.tracking import loads_or_none
 def all_runs(room: str | None = None) -> list[tuple[Path, dict[str, Any]]]:
     """Return (folder, record) of every run, newest first; folders without a record are left out."""
     found = []
-    for record_file in runs_root().glob(f"{room or '*'}/*/run.json"):
+    for record_file in runs_root().glob("*/*/run.json"):
+        if room is not None and record_file.parts[-3] != room:
+            continue
         record = loads_or_none(record_file)
         if isinstance(record, dict):
             found.append((record_file.parent, record))

@@ -3,6 +3,9 @@
 Legend: N samples, B samples of one optimiser update over all processes, b of them in this chunk.
 """
 
+import atexit
+import multiprocessing
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -10,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from moectl.engine.errors import UserError
 from moectl.engine.seeding import key
 
 
@@ -181,11 +185,22 @@ class Keyed(torch.utils.data.Dataset[Any]):
 
 def _calm_worker(_: int) -> None:
     """Let a worker outlive signals meant for the main process, which must still save."""
-    import signal
-
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
+
+
+@atexit.register
+def _end_workers() -> None:
+    """Kill the workers that are left: Python asks with SIGTERM, which they ignore, and waits."""
+    for child in multiprocessing.active_children():
+        child.kill()
+
+
+def _collate(samples: list[Any]) -> Any:
+    """Stack samples; if one could not be read, pass its error on instead."""
+    errors = [sample for sample in samples if isinstance(sample, UserError)]
+    return errors[0] if errors else torch.utils.data.default_collate(samples)
 
 
 class FolderSource:
@@ -235,17 +250,24 @@ class FolderSource:
         seed: int,
         device: torch.device,
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        def load(item: tuple[str, int]) -> tuple[Tensor, int]:
-            return read(item[0]), item[1]
+        def load(item: tuple[str, int]) -> tuple[Tensor, int] | UserError:
+            try:
+                return read(item[0]), item[1]
+            except UserError as error:
+                return error  # raised in a worker, its message would drag a traceback along
 
         loader = torch.utils.data.DataLoader(
             Keyed(self.items, load, seed),
             batch_sampler=places,
             num_workers=self.workers,
             pin_memory=device.type == "cuda",
+            collate_fn=_collate,
             worker_init_fn=_calm_worker,
             # Building the loader must not touch the global generator.
             generator=torch.Generator().manual_seed(0),
         )
-        for images, labels in loader:
+        for batch in loader:
+            if isinstance(batch, UserError):
+                raise batch
+            images, labels = batch
             yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)

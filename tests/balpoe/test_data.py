@@ -43,7 +43,7 @@ def test_embedded_sets_have_the_long_tail_of_the_settings(dataset, profile):
 def test_digits_have_their_known_sizes():
     data = load(DataSection(dataset="digits", imbalance_ratio=20), 1)
     assert data.class_counts == [104, 74, 53, 38, 27, 19, 14, 10, 7, 5]
-    assert (len(data.train), len(data.val), len(data.test)) == (351, 143, 577)
+    assert (len(data.train), len(data.val), len(data.test)) == (351, 143, 576)
 
 
 def test_digits_are_enlarged_and_keep_their_grey_levels():
@@ -94,7 +94,7 @@ def test_a_linear_model_learns_the_synthetic_classes():
     flat = images.flatten(1)
     weights = torch.linalg.solve(flat.T @ flat + 100 * torch.eye(flat.shape[1]), flat.T @ targets)
     accuracy = ((new_images.flatten(1) @ weights).argmax(1) == new_labels).float().mean()
-    assert 0.5 < accuracy
+    assert accuracy > 0.5
 
 
 @pytest.mark.parametrize("augment", ["standard", "autoaugment", "trivial"])

@@ -214,9 +214,8 @@ def test_a_wrong_image_folder_is_noticed_at_once(folder):
     assert "folder of images" in caught.value.hint
 
 
-@pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("damage", ["text", "cut", "gone"])
-def test_an_unreadable_image_is_named(folder, workers, damage):
+def test_an_unreadable_image_is_named(folder, damage):
     path = folder / "images/class 1/train1.png"
     match damage:
         case "text":
@@ -226,6 +225,6 @@ def test_an_unreadable_image_is_named(folder, workers, damage):
         case "gone":
             path.unlink()
     complaint = "no such image" if damage == "gone" else "not a readable image"
-    data = load(section(folder, workers=workers), 1)
-    with pytest.raises(UserError, match=rf"class 1/train1\.png: {complaint}"):
-        labels(data.train)
+    with pytest.raises(UserError) as caught:
+        labels(load(section(folder), 1).train)
+    assert caught.value.message == f"{path}: {complaint}"

@@ -46,9 +46,7 @@ def draw_reliability(path: Path) -> None:
     plot.reliability(path, {str(number): bins(0.1 * number) for number in range(6)}, title="t")
 
 
-@pytest.mark.parametrize(
-    "draw", [draw_lines, draw_bars, draw_panels, draw_map, draw_reliability]
-)
+@pytest.mark.parametrize("draw", [draw_lines, draw_bars, draw_panels, draw_map, draw_reliability])
 def test_every_plot_is_a_png_with_the_same_bytes_each_time(draw: Any, tmp_path: Path) -> None:
     draw(tmp_path / "one.png")
     draw(tmp_path / "two.png")

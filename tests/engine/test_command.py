@@ -1,0 +1,180 @@
+"""Commands made from settings: what reaches the function, and what is refused."""
+
+import inspect
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from moectl.engine.command import RESUMABLE, Request, command
+from moectl.engine.errors import UserError
+from moectl.engine.settings import fields, to_toml
+
+
+@pytest.fixture
+def run(toy: ModuleType) -> Any:
+    """Call `toy train WORDS…` or `toy look WORDS…` and return the request; UserErrors pass through."""
+    requests: list[Request] = []
+
+    @command(toy.ToySettings, ("optim", "train"), train=True, size=lambda _: {"updates": 16})
+    def train(request: Request, extra: str = "no") -> None:
+        """Train."""
+        requests.append(request)
+
+    @command(toy.ToySettings, ("optim",), train=False)
+    def look(request: Request) -> None:
+        """Look."""
+        requests.append(request)
+
+    app = typer.Typer(pretty_exceptions_enable=False)
+    app.command("train")(train)
+    app.command("look")(look)
+
+    def call(*words: str) -> Any:
+        requests.clear()
+        result = CliRunner().invoke(app, list(words))
+        if result.exception and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return requests[0] if requests else result
+
+    return call
+
+
+def stored(toy: ModuleType, name: str, status: str = "interrupted", **changes: Any) -> Path:
+    folder = Path("runs/toy") / name
+    folder.mkdir(parents=True)
+    (folder / "settings.toml").write_text(to_toml(toy.settings(**changes)))
+    record = {"name": name.rpartition("-")[0], "status": status, "started": name, "room": "toy"}
+    (folder / "run.json").write_text(json.dumps({**record, "threads": 1, "precision": "no"}))
+    return folder
+
+
+def test_flags_reach_the_settings_with_their_origin(run: Any) -> None:
+    request = run("train", "--lr", "0.3", "--set", "train.keep=3", "-s", "5", "--extra", "yes")
+    assert request.settings.optim.lr == 0.3
+    assert (request.settings.train.keep, request.settings.train.seed) == (3, 5)
+    assert request.settings.optim.momentum == 0.9, "the default of the room, not of the section"
+    assert request.origin["optim.lr"] == "flag"
+    assert request.origin["train.keep"] == "--set"
+    assert request.given == {"optim.lr", "train.keep", "train.seed"}
+    assert (request.room, request.command, request.name) == ("toy", "train", "train")
+
+
+def test_switches_go_both_ways(run: Any) -> None:
+    assert run("train", "--deterministic").settings.train.deterministic is True
+    request = run("train", "--no-deterministic")
+    assert request.settings.train.deterministic is False
+    assert "train.deterministic" in request.given
+
+
+def test_presets_are_layered_and_name_the_run(run: Any) -> None:
+    for name, text in (("a", "[optim]\nlr = 0.2"), ("b", "[optim]\nlr = 0.3\n[train]\nseed = 2")):
+        path = Path(f"presets/toy/{name}.toml")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    request = run("train", "-p", "a", "--preset", "presets/toy/b.toml", "--seed", "3")
+    assert (request.settings.optim.lr, request.settings.train.seed) == (0.3, 3)
+    assert request.name == "a-b"
+    assert request.origin["optim.lr"] == "b.toml"
+    with pytest.raises(UserError, match="c: no such preset for toy"):
+        run("train", "-p", "c")
+
+
+@pytest.mark.parametrize("name", ["../../x", "/etc/x", "a/b", "CON", "n" * 300, "a\nb", "..", ""])
+def test_run_names_that_are_not_file_names_are_refused(run: Any, name: str, isolated: Path) -> None:
+    if name == "":
+        assert run("train", "--name", name).name == "train"
+        return
+    with pytest.raises(UserError, match="run name .* is not a usable name"):
+        run("train", "--name", name)
+    assert list(isolated.iterdir()) == []
+
+
+def test_dry_run_shows_every_setting_and_does_nothing(run: Any, toy: ModuleType) -> None:
+    result = run("train", "--dry-run", "--json", "--lr", "0.3")
+    document = json.loads(result.stdout)
+    assert set(document["settings"]) == set(fields(toy.ToySettings))
+    assert document["settings"]["optim.lr"] == {"value": 0.3, "from": "flag"}
+    assert document["settings"]["optim.momentum"] == {"value": 0.9, "from": "default"}
+    assert document["size"] == {"updates": 16}
+    table = run("train", "-n").stdout
+    assert all(key in table for key in fields(toy.ToySettings))
+
+
+def test_resume_takes_the_settings_of_the_run(run: Any, toy: ModuleType) -> None:
+    folder = stored(toy, "x-1", optim__lr=0.7)
+    request = run("train", "--resume", "x-1")
+    assert request.settings.optim.lr == 0.7
+    assert request.folder == folder
+    assert request.given == set(), "what the run holds was not asked for now"
+
+
+def test_resume_refuses_other_settings_and_lists_them(run: Any, toy: ModuleType) -> None:
+    stored(toy, "x-1")
+    with pytest.raises(UserError) as refusal:
+        run("train", "-r", "x-1", "--lr", "0.3", "--batch-size", "4", "--threads", "2")
+    assert "optim.lr = 0.3 (the run has 0.05)" in refusal.value.message
+    assert "train.batch_size = 4 (the run has 8)" in refusal.value.message
+    assert "train.threads" not in refusal.value.message
+
+
+def test_resume_may_add_epochs_but_not_take_them_away(run: Any, toy: ModuleType) -> None:
+    stored(toy, "x-1")
+    assert run("train", "-r", "x-1", "--epochs", "9").settings.train.epochs == 9
+    with pytest.raises(UserError, match=r"train\.epochs = 3 \(the run has 4\)"):
+        run("train", "-r", "x-1", "--epochs", "3")
+
+
+def test_repeating_the_settings_of_the_run_is_no_change(run: Any, toy: ModuleType) -> None:
+    stored(toy, "x-1", optim__lr=0.3)
+    assert run("train", "-r", "x-1", "--lr", "0.3").settings.optim.lr == 0.3
+
+
+def test_resume_auto_takes_the_newest_unfinished_run_of_the_name(
+    run: Any, toy: ModuleType
+) -> None:
+    assert run("train", "--name", "x", "--resume", "auto").folder is None
+    stored(toy, "x-1")
+    newest = stored(toy, "x-2", status="failed")
+    stored(toy, "x-3", status="finished")
+    stored(toy, "y-4")
+    request = run("train", "--name", "x", "--resume", "auto")
+    assert (request.folder, request.resume) == (newest, "auto")
+
+
+def test_resume_and_out_exclude_each_other(run: Any, toy: ModuleType) -> None:
+    stored(toy, "x-1")
+    with pytest.raises(UserError, match="--resume and --out exclude each other"):
+        run("train", "--resume", "x-1", "--out", "y")
+
+
+def test_resume_of_nothing_is_refused(run: Any) -> None:
+    for reference in ("none", "latest", "n" * 300, "toy/none", "../../x"):
+        with pytest.raises(UserError, match=r"no such run|no run of"):
+            run("train", "--resume", reference)
+
+
+def test_a_reading_command_takes_the_settings_of_the_run(run: Any, toy: ModuleType) -> None:
+    stored(toy, "x-1", optim__lr=0.7)
+    request = run("look", "--run", "x-1@best", "--lr", "0.2")
+    assert (request.settings.optim.lr, request.run) == (0.2, "x-1@best")
+    assert request.folder == Path("runs/toy/x-1")
+    assert run("look").folder == Path("runs/toy/x-1"), "latest"
+
+
+def test_resumable_keys_exist_in_some_system() -> None:
+    from moectl.balpoe.settings import BalpoeSettings
+
+    assert set(RESUMABLE) <= set(fields(BalpoeSettings))
+
+
+def test_the_wrapped_function_keeps_its_name_and_text(toy: ModuleType) -> None:
+    @command(toy.ToySettings, ("optim",), train=True)
+    def eval_(request: Request) -> None:
+        """Measure."""
+
+    assert (eval_.__name__, inspect.getdoc(eval_)) == ("eval_", "Measure.")

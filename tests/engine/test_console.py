@@ -1,0 +1,107 @@
+"""Results on stdout, everything else on stderr."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+
+from moectl.engine import console
+
+
+def test_result_is_text_or_json_but_never_both(capsys: pytest.CaptureFixture[str]) -> None:
+    console.setup()
+    console.result({"a": 1}, "runs/x")
+    assert capsys.readouterr().out == "runs/x\n"
+    console.setup(as_json=True)
+    console.result({"a": [1.5, None, "ü"]}, "runs/x")
+    out, err = capsys.readouterr()
+    assert json.loads(out) == {"a": [1.5, None, "ü"]}
+    assert err == ""
+
+
+def test_json_has_no_nan() -> None:
+    console.setup(as_json=True)
+    with pytest.raises(ValueError, match="JSON"):
+        console.result({"a": float("nan")}, "")
+
+
+def test_a_piped_table_is_not_cut(capsys: pytest.CaptureFixture[str]) -> None:
+    console.setup()
+    wide = "w" * 3000
+    console.result({}, console.table(("name", "value"), [(wide, 1.0), ("[bold]x[/bold]", None)]))
+    out = capsys.readouterr().out
+    assert wide in out
+    assert "–" in out
+
+
+def test_cells_show_their_text_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    console.setup()
+    console.result({}, console.table(("name",), [("[1, 2] [red]x[/red] :smile:",)]))
+    assert "[1, 2] [red]x[/red] :smile:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(None, "–"), (0.123456, "0.1235"), (12, "12"), ("a", "a"), (1e-9, "1e-09")]
+)
+def test_cells(value: object, text: str) -> None:
+    assert console.cell(value) == text
+
+
+def test_log_goes_to_stderr_and_quiet_keeps_warnings(capsys: pytest.CaptureFixture[str]) -> None:
+    console.setup()
+    logging.getLogger("moectl.x").info("hello [red]")
+    assert "hello [red]" in capsys.readouterr().err
+    console.setup(quiet=True)
+    logging.getLogger("moectl.x").info("unheard")
+    logging.getLogger("moectl.x").warning("heard")
+    out, err = capsys.readouterr()
+    assert (out, err.strip()) == ("", "warning: heard")
+
+
+def test_other_processes_speak_only_to_warn(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    console.setup()
+    handler = console.log_to(tmp_path / "log.txt")
+    logging.getLogger("moectl.x").info("unheard")
+    logging.getLogger("moectl.x").warning("heard")
+    handler.close()
+    assert capsys.readouterr().err.strip() == "warning: heard"
+    assert [line[24:] for line in (tmp_path / "log.txt").read_text().splitlines()] == [
+        "WARNING heard"
+    ]
+
+
+def test_error_prints_message_and_hint(capsys: pytest.CaptureFixture[str]) -> None:
+    console.error("[x] is wrong", "use y")
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.splitlines() == ["error: [x] is wrong", "hint: use y"]
+
+
+def test_progress_without_a_terminal_is_a_line_now_and_then(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    console.setup()
+    clock = [0.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: clock[0])
+    with console.progress(100) as bar:
+        for done in range(1, 101):
+            clock[0] += 1
+            bar.update(done, "epoch 1")
+    assert capsys.readouterr().err.split("\n")[:-1] == [f"{n}/100 epoch 1" for n in (30, 60, 90)]
+    console.setup(quiet=True)
+    with console.progress(100) as bar:
+        clock[0] += 100
+        bar.update(1, "epoch 1")
+    assert capsys.readouterr().err == ""
+
+
+def test_epoch_line_leaves_out_single_experts() -> None:
+    row = {"lr": 0.1, "train/loss": 1.23456, "val/accuracy": 0.5, "val/expert_0": 0.4, "x": None}
+    line = console.epoch_line(row)
+    assert "1.23" in line
+    assert "accuracy 0.5" in line
+    assert "expert" not in line

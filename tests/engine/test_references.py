@@ -1,0 +1,122 @@
+"""Finding runs and weights by short names."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moectl.engine.errors import UserError
+from moectl.engine.references import all_runs, find_run, find_weights, newest_unfinished
+
+
+def made(place: str, started: str = "", **record: Any) -> Path:
+    folder = Path("runs") / place
+    folder.mkdir(parents=True)
+    name = folder.name.rpartition("-")[0]
+    record = {"name": name, "status": "finished", "started": started or folder.name, **record}
+    (folder / "run.json").write_text(json.dumps(record))
+    return folder
+
+
+@pytest.fixture
+def runs(isolated: Path) -> dict[str, Path]:
+    places = ("a/x-1", "a/x-2", "a/x-20", "a/long-3", "b/x-4")
+    folders = {place: made(place) for place in places}
+    Path("runs/a/broken").mkdir()
+    Path("runs/a/broken/run.json").write_text("{")
+    Path("runs/a/empty").mkdir()
+    return folders
+
+
+def test_runs_are_listed_newest_first_and_broken_ones_left_out(runs: dict[str, Path]) -> None:
+    assert [folder.name for folder, _ in all_runs("a")] == ["x-20", "x-2", "x-1", "long-3"]
+    assert len(all_runs()) == 5
+    assert all_runs("none") == []
+
+
+@pytest.mark.parametrize(
+    ("reference", "room", "found"),
+    [
+        ("x-1", "a", "a/x-1"),
+        ("x-2", "a", "a/x-2"),  # whole names win over beginnings
+        ("lo", "a", "a/long-3"),
+        ("b/x-4", "a", "b/x-4"),
+        ("b/x", None, "b/x-4"),
+        ("latest", "a", "a/x-20"),
+        ("b/latest", "a", "b/x-4"),
+        ("long", None, "a/long-3"),
+        ("runs/a/x-1", "b", "a/x-1"),
+    ],
+)
+def test_references(runs: dict[str, Path], reference: str, room: str | None, found: str) -> None:
+    assert find_run(reference, room) == runs[found]
+
+
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [
+        ("x", "x: 3 runs begin like this"),
+        ("xx-1", r"xx-1: no such run under runs; did you mean x-1\?"),
+        ("runs/a/empty", "not a run folder"),
+        ("c/latest", "no run of c"),
+        ("n" * 5000, "no such run"),
+        ("a/" + "n" * 300, "no such run"),
+        ("../../etc", "no such run"),
+        ("**/x", "no such run"),
+        ("a**/x", "no such run"),
+        ("/x-1", "no such run"),
+        ("a\0b", "no such run"),
+        ("[/x", "no such run"),
+    ],
+)
+def test_references_that_lead_nowhere(
+    runs: dict[str, Path], reference: str, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        find_run(reference, "a")
+
+
+def test_latest_of_a_status(runs: dict[str, Path]) -> None:
+    stopped = made("a/x-0", status="interrupted")
+    assert find_run("latest", "a", "interrupted") == stopped
+    with pytest.raises(UserError, match="no failed run of a under runs"):
+        find_run("latest", "a", "failed")
+
+
+def test_newest_unfinished_run_of_a_name(runs: dict[str, Path]) -> None:
+    assert newest_unfinished("a", "x") is None
+    made("a/x-5", status="running")
+    newest = made("a/x-6", status="interrupted")
+    made("a/y-7", status="running")
+    assert newest_unfinished("a", "x") == newest
+
+
+def entry(file: str, epoch: int, best: bool = False) -> dict[str, Any]:
+    return {"file": file, "epoch": epoch, "best": best, "sha256": ""}
+
+
+def test_weights_of_a_run(isolated: Path) -> None:
+    weights = [entry("e10", 10), entry("e2", 2), entry("best", 5, best=True), entry("e20", 20)]
+    folder = made("a/x-1", weights=weights)
+    for wanted, file in {"@last": "e20", "@best": "best", "@2": "e2", "@10": "e10"}.items():
+        assert find_weights(f"x-1{wanted}", "a") == folder / file
+    assert find_weights("latest", "a") == folder / "e20"
+    assert find_weights("latest", "a", default="best") == folder / "best"
+    with pytest.raises(UserError, match="no weights @3") as refusal:
+        find_weights("x-1@3", "a")
+    assert refusal.value.hint == "it has: @10, @2, @best, @20"
+    with pytest.raises(UserError, match="no weights @5"):
+        find_weights("x-1@5", "a")  # the best is not a numbered one
+
+
+def test_weights_of_a_young_run(isolated: Path) -> None:
+    made("a/x-1", weights=[])
+    with pytest.raises(UserError, match="no weights @last") as refusal:
+        find_weights("x-1", "a")
+    assert refusal.value.hint == "it has: none yet"
+
+
+def test_a_weights_file_is_its_own_reference(isolated: Path) -> None:
+    Path("w@best.pth").touch()
+    assert find_weights("w@best.pth") == Path("w@best.pth")

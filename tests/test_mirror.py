@@ -1,0 +1,37 @@
+"""Every source file has its tests where one looks for them."""
+
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+EXEMPT = {
+    "__main__": "seven lines that only start a process; tests/test_cli.py starts them",
+}
+
+
+def sources() -> list[Path]:
+    files = sorted((ROOT / "moectl").rglob("*.py"))
+    return [path for path in files if path.name != "__init__.py" and path.stem not in EXEMPT]
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT / "moectl")))
+def test_every_source_file_has_a_test_file(path: Path) -> None:
+    mirrored = ROOT / "tests" / path.relative_to(ROOT / "moectl").with_name(f"test_{path.name}")
+    assert mirrored.is_file(), f"{mirrored.relative_to(ROOT)} is missing"
+    assert "def test_" in mirrored.read_text(encoding="utf-8")
+
+
+def test_packages_hold_no_code_of_their_own() -> None:
+    for path in (ROOT / "moectl").rglob("__init__.py"):
+        lines = path.read_text(encoding="utf-8").strip().splitlines()
+        assert len(lines) <= 5, f"{path} is not tested by the mirror"
+
+
+def test_no_test_file_outlives_its_source() -> None:
+    for path in (ROOT / "tests").glob("*/test_*.py"):
+        folder = ROOT / "moectl" / path.parent.name
+        if folder.is_dir():
+            source = folder / path.name.removeprefix("test_")
+            assert source.is_file(), f"{path.relative_to(ROOT)} tests nothing"
