@@ -1,4 +1,4 @@
-"""What every test starts from: an empty working folder, no settings in the environment, no leftovers."""
+"""What every test starts from: an empty folder, a clean environment, no leftovers."""
 
 import importlib.util
 import logging
@@ -11,7 +11,9 @@ from types import ModuleType
 
 import pytest
 
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; programs started by tests inherit it
+os.environ["OMP_NUM_THREADS"] = (
+    "1"  # before torch is imported; programs started by tests inherit it
+)
 
 _LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _ROOT = Path(__file__).resolve().parent.parent
@@ -19,12 +21,12 @@ _ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(autouse=True)
 def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty folder to work in, and nothing in the environment or the process that another test left."""
+    """An empty folder to work in, and nothing that another test left behind."""
     for name in list(os.environ):
         if name.upper().startswith(("MOECTL_", "ACCELERATE_")) or name in _LAUNCHER:
             monkeypatch.delenv(name)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "HF_HUB_DISABLE_TELEMETRY"):
+    for name in ("GOMP_SPINCOUNT", "HF_HUB_DISABLE_TELEMETRY"):
         monkeypatch.setenv(name, os.environ.get(name, ""))  # so that what a test sets is undone
         monkeypatch.delenv(name)
     folder = tmp_path / "work"

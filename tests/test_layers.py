@@ -148,7 +148,7 @@ def test_reports_are_made_without_torch(path: Path) -> None:
 
 @pytest.mark.parametrize(
     "path",
-    room_files("settings", "cli") + [ROOT / "moectl/cli.py", *(ROOT / "moectl/tools").glob("*.py")],
+    [*room_files("settings", "cli"), ROOT / "moectl/cli.py", *ROOT.glob("moectl/tools/*.py")],
     ids=ids,
 )
 def test_commands_load_nothing_heavy_through_others(path: Path) -> None:
@@ -186,7 +186,8 @@ def test_the_table_knows_every_folder() -> None:
 def test_the_reader_of_imports_sees_hidden_ones(tmp_path: Path) -> None:
     path = tmp_path / "x.py"
     path.write_text(
-        "import a\nfrom typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import b\nelse:\n    import c\n"
+        "import a\nfrom typing import TYPE_CHECKING\n"
+        "if TYPE_CHECKING:\n    import b\nelse:\n    import c\n"
         "try:\n    import d\nexcept ImportError:\n    import e\ndef f():\n    import g\n"
         "class H:\n    import i\nwith x:\n    from j import k\n"
     )

@@ -321,14 +321,16 @@ def run_eval(settings: BalpoeSettings, reference: str, cpu: bool) -> tuple[dict[
     document = measure(model, data, settings, accelerator)
     entry = {"file": path.name, "sha256": weights.sha256, "epoch": weights.facts["epoch"]}
     if accelerator.is_main_process:
-        write_evaluation(path.parent, f"test@{_tag(reference, weights.facts)}", document, entry)
+        write_evaluation(path.parent, f"test@{_tag(reference, entry['epoch'])}", document, entry)
         report(path.parent)
     return {"run": str(path.parent), "weights": entry, **document}, _table(document)
 
 
-def _tag(reference: str, facts: Mapping[str, Any]) -> str:
-    wanted = reference.partition("@")[2]
-    return wanted if wanted in ("best", "last") else f"epoch{facts['epoch']}"
+def _tag(reference: str, epoch: int) -> str:
+    if Path(reference).is_file():
+        return f"epoch{epoch}"
+    wanted = reference.partition("@")[2] or "last"
+    return wanted if wanted in ("best", "last") else f"epoch{epoch}"
 
 
 def _same_split(data: Data, folder: Path) -> None:

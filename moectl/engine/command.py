@@ -11,7 +11,15 @@ from moectl.engine import console, presets
 from moectl.engine.errors import UserError
 from moectl.engine.files import is_file
 from moectl.engine.options import COMMON, common_options, field_option, flag_of, python_name, shown
-from moectl.engine.settings import Settings, dump, fields, flatten, from_toml, resolve
+from moectl.engine.settings import (
+    Settings,
+    dump,
+    fields,
+    flatten,
+    from_toml,
+    resolve,
+    unknown_variables,
+)
 
 RESUMABLE = (
     "train.epochs",
@@ -82,6 +90,7 @@ def command(
             given = {key: values.pop(python_name(key)) for key in flags}
             given = {key: value for key, value in given.items() if value is not None}
             console.setup(quiet=common["quiet"], as_json=common["json"])
+            _warn(cls)
             request = _request(cls, room, function.__name__.strip("_"), given, common, train)
             if common["dry_run"]:
                 _show(request, size(request.settings) if size else {})
@@ -96,6 +105,13 @@ def command(
         return run_command
 
     return decorate
+
+
+def _warn(cls: type[Settings]) -> None:
+    prefix = str(cls.model_config.get("env_prefix", "")).upper()
+    for name in unknown_variables([cls]):
+        if name.upper().startswith(prefix):
+            console.log.warning("%s sets nothing: no such table of settings", name)
 
 
 def _request(

@@ -303,10 +303,19 @@ def _name(axes: "Axes", axis: str, names: Sequence[str]) -> None:
 
 
 def _legend(axes: "Axes", handles: Sequence[Any], names: Sequence[str]) -> None:
-    """Name the series, below the axes where many would hide the curves."""
+    """Name the series, right of the title, where nothing is hidden."""
     if len(names) < 2:
         return
-    legend = axes.legend(handles, [""] * len(names), fontsize=9, frameon=False)
+    legend = axes.legend(
+        handles,
+        [""] * len(names),
+        loc="lower right",
+        bbox_to_anchor=(1, 1),
+        borderaxespad=0.2,
+        ncols=min(len(names), 3),
+        fontsize=9,
+        frameon=False,
+    )
     for text, name in zip(legend.get_texts(), names, strict=True):
         text.set_parse_math(False)
         text.set_text(name)

@@ -37,7 +37,7 @@ def list_(
         {"room": preset.room, "name": preset.name, "path": str(preset.path), **_header(preset)}
         for preset in found
     ]
-    columns = ("room", "name", "expected", "cost", "source", "command")
+    columns = ("room", "name", "expected", "cost")
     rows = [[entry.get(column) for column in columns] for entry in entries]
     console.result(entries, console.table(columns, rows))
 

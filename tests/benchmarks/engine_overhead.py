@@ -66,7 +66,9 @@ def main() -> None:
     steps = EPOCHS * SAMPLES // BATCH
     pairs = [(bare(), engine()) for _ in range(5)]
     plain, ours = (statistics.median(values) / steps * 1000 for values in zip(*pairs, strict=True))
-    print(f"bare loop {plain:.3f} ms/step, engine {ours:.3f} ms/step, overhead {ours - plain:.3f} ms")
+    print(
+        f"bare loop {plain:.3f} ms/step, engine {ours:.3f} ms/step, overhead {ours - plain:.3f} ms"
+    )
 
 
 if __name__ == "__main__":

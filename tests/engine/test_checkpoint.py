@@ -59,7 +59,13 @@ def test_the_same_update_can_be_saved_again(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("keep", "best", "left"),
-    [(2, None, [4, 5]), (2, 1, [1, 4, 5]), (2, 5, [4, 5]), (3, 2, [2, 3, 4, 5]), (9, 1, [1, 2, 3, 4, 5])],
+    [
+        (2, None, [4, 5]),
+        (2, 1, [1, 4, 5]),
+        (2, 5, [4, 5]),
+        (3, 2, [2, 3, 4, 5]),
+        (9, 1, [1, 2, 3, 4, 5]),
+    ],
 )
 def test_the_newest_and_the_best_are_kept(
     tmp_path: Path, keep: int, best: int | None, left: list[int]

@@ -17,7 +17,7 @@ from moectl.engine.settings import fields, to_toml
 
 @pytest.fixture
 def run(toy: ModuleType) -> Any:
-    """Call `toy train WORDS…` or `toy look WORDS…` and return the request; UserErrors pass through."""
+    """Call `toy train WORDS…` or `toy look WORDS…` and return the request."""
     requests: list[Request] = []
 
     @command(toy.ToySettings, ("optim", "train"), train=True, size=lambda _: {"updates": 16})
@@ -89,7 +89,7 @@ def test_run_names_that_are_not_file_names_are_refused(run: Any, name: str, isol
     if name == "":
         assert run("train", "--name", name).name == "train"
         return
-    with pytest.raises(UserError, match="run name .* is not a usable name"):
+    with pytest.raises(UserError, match=r"run name .* is not a usable name"):
         run("train", "--name", name)
     assert list(isolated.iterdir()) == []
 
@@ -134,9 +134,7 @@ def test_repeating_the_settings_of_the_run_is_no_change(run: Any, toy: ModuleTyp
     assert run("train", "-r", "x-1", "--lr", "0.3").settings.optim.lr == 0.3
 
 
-def test_resume_auto_takes_the_newest_unfinished_run_of_the_name(
-    run: Any, toy: ModuleType
-) -> None:
+def test_resume_auto_takes_the_newest_unfinished_run_of_the_name(run: Any, toy: ModuleType) -> None:
     assert run("train", "--name", "x", "--resume", "auto").folder is None
     stored(toy, "x-1")
     newest = stored(toy, "x-2", status="failed")

@@ -47,8 +47,6 @@ def test_git_state_is_recorded_where_there_is_one(
     assert environment(accelerator)["git"]["dirty"] is True
 
 
-def test_a_machine_without_git_is_fine(
-    accelerator: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_machine_without_git_is_fine(accelerator: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     assert environment(accelerator)["git"] is None

@@ -26,7 +26,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(
     with pytest.raises(OSError, match="No space"):
         files.write_text(path, "new")
     assert path.read_text() == "old"
-    assert os.listdir(folder) == ["a.txt"]
+    assert list(folder.iterdir()) == [path]
 
 
 def test_the_file_is_synced_before_it_gets_its_name(

@@ -118,7 +118,9 @@ def test_one_process_is_one_process(toy: ModuleType) -> None:
 
 def test_fewer_processes_than_asked_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     launch.build_accelerator(TrainSection(precision="no"), cpu=True)
-    monkeypatch.setenv("WORLD_SIZE", "2")  # after the first state exists: nothing waits for a partner
+    monkeypatch.setenv(
+        "WORLD_SIZE", "2"
+    )  # after the first state exists: nothing waits for a partner
     with pytest.raises(UserError, match="2 processes were asked for, 1 take part"):
         launch.build_accelerator(TrainSection(precision="no"), cpu=True)
 

@@ -47,7 +47,7 @@ def weights(toy: ModuleType, folder: Path, **changes: Any) -> tuple[torch.Tensor
         toy.train(run, net=net)
     rows = toy.metrics(folder)
     losses = [float(row["running/loss"] or row["train/loss"]) for row in rows]
-    assert [row["lr"] for row in rows][0] == "0.025"
+    assert rows[0]["lr"] == "0.025"
     return torch.cat([value.flatten() for value in net.parameters()]).detach(), losses
 
 

@@ -12,7 +12,13 @@ from moectl.engine.errors import UserError
 def own(isolated: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Only the presets of the working folder, of two rooms."""
     monkeypatch.setattr(presets, "roots", lambda: [Path("presets"), Path("shipped")])
-    for place in ("presets/a/x2", "presets/a/x10", "shipped/a/x2", "shipped/b/x2", "shipped/b/only"):
+    for place in (
+        "presets/a/x2",
+        "presets/a/x10",
+        "shipped/a/x2",
+        "shipped/b/x2",
+        "shipped/b/only",
+    ):
         path = Path(f"{place}.toml")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"# source: {place}\n")
@@ -75,8 +81,10 @@ def test_usable_names(name: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["", ".", "..", "a..b", "../x", "a/b", "a\\b", "/etc/x", "-a", ".a", "_a", "a b", "a\n", "a\0b"]
-    + ["ü", "CON", "con", "nul.txt", "Com1", "LPT9", "n" * 65],
+    [
+        *("", ".", "..", "a..b", "../x", "a/b", "a\\b", "/etc/x", "-a", ".a", "_a", "a b", "a\n"),
+        *("a\0b", "ü", "CON", "con", "nul.txt", "Com1", "LPT9", "n" * 65),
+    ],
 )
 def test_unusable_names(name: str) -> None:
     with pytest.raises(UserError, match=r"run name .* is not a usable name"):

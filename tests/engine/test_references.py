@@ -70,9 +70,7 @@ def test_references(runs: dict[str, Path], reference: str, room: str | None, fou
         ("[/x", "no such run"),
     ],
 )
-def test_references_that_lead_nowhere(
-    runs: dict[str, Path], reference: str, message: str
-) -> None:
+def test_references_that_lead_nowhere(runs: dict[str, Path], reference: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         find_run(reference, "a")
 

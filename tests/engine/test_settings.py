@@ -158,7 +158,9 @@ def test_every_mistake_is_listed_at_once(tmp_path: Path) -> None:
     path = file(tmp_path / "a.toml", "[optim]\nlr = -1\nmomentun = 2\n[data]\nroot = 3")
     with pytest.raises(UserError) as refusal:
         resolve(Small, {}, [], [path])
-    assert [line.split(" = ")[0].split(": no")[0] for line in refusal.value.message.split("\n")] == [
+    assert [
+        line.split(" = ")[0].split(": no")[0] for line in refusal.value.message.split("\n")
+    ] == [
         "a.toml: optim.lr",
         "a.toml: optim.momentun",
         "a.toml: data.root",

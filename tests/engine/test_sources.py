@@ -50,7 +50,9 @@ def test_a_stream_starts_anywhere() -> None:
 
 
 def test_epochs_and_seeds_have_orders_of_their_own() -> None:
-    orders = {tuple(Stream(30, 8, seed).order(epoch).tolist()) for seed in (1, 2) for epoch in (0, 1)}
+    orders = {
+        tuple(Stream(30, 8, seed).order(epoch).tolist()) for seed in (1, 2) for epoch in (0, 1)
+    }
     assert len(orders) == 4
 
 

@@ -48,7 +48,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 def test_what_is_within_bounds_is_read(tmp_path: Path) -> None:
     path = tmp_path / "a.toml"
-    path.write_bytes(b"\xef\xbb\xbf[a.b]\nc = [[1, 2], [3]] # '\nd = {x = \"[[[.a.b.c\"}\n")
+    path.write_bytes(b'\xef\xbb\xbf[a.b]\nc = [[1, 2], [3]] # \'\nd = {x = "[[[.a.b.c"}\n')
     assert read_toml(path) == {"a": {"b": {"c": [[1, 2], [3]], "d": {"x": "[[[.a.b.c"}}}}
     exact = b"x = 1\n"
     path.write_bytes(exact + b"#" * (MAX_BYTES - len(exact)))

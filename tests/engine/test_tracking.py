@@ -110,7 +110,9 @@ def test_a_file_that_is_not_there_has_no_rows(tmp_path: Path) -> None:
 
 
 def a_run(tmp_path: Path, **train: Any) -> Any:
-    settings = SimpleNamespace(train=SimpleNamespace(**{"tensorboard": False, "wandb": False, **train}))
+    settings = SimpleNamespace(
+        train=SimpleNamespace(**{"tensorboard": False, "wandb": False, **train})
+    )
     return SimpleNamespace(
         is_main=train.pop("main", True), folder=tmp_path, settings=settings, record={"room": "toy"}
     )
@@ -119,7 +121,7 @@ def a_run(tmp_path: Path, **train: Any) -> Any:
 def test_missing_wandb_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from moectl.engine import tracking
 
-    monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(UserError, match="wandb is not installed") as refusal:
         Trackers(a_run(tmp_path, wandb=True), 0)
     assert refusal.value.hint == "pip install 'moectl[wandb]'"

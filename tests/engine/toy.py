@@ -124,9 +124,7 @@ def evaluate(loop: Any) -> float:
     return -float(gather_rows(accelerator, torch.cat(losses), len(data)).mean())
 
 
-def train(
-    run: Any, on_step: Any = lambda step, loss: loss, net: Any = None, data: Any = None
-) -> Any:
+def train(run: Any, on_step: Any = lambda _, loss: loss, net: Any = None, data: Any = None) -> Any:
     """The whole procedure; `on_step` may change the loss or do harm."""
     from torch.nn import functional as F
 
@@ -165,7 +163,7 @@ def open_run(folder: Path, options: ToySettings, *, resume: str = "") -> Any:
 def complete(folder: Path, *, resume: str = "", on_step: Any = None, **changes: Any) -> Any:
     """Train in this process and return the loop."""
     with open_run(folder, settings(**changes), resume=resume) as run:
-        return train(run, on_step or (lambda step, loss: loss))
+        return train(run, on_step or (lambda _, loss: loss))
 
 
 def stop_at(update: int, number: int = signal.SIGTERM) -> Callable[[Any, Any], Any]:
@@ -217,9 +215,10 @@ def launch(*words: object, processes: int = 1, **options: Any) -> subprocess.Pop
 
 
 def main(words: list[str]) -> int:
-    """`python toy.py FOLDER [resume=auto|named] [kill=N|term=N|int=N|usr1=N|nan=N] [slow=S] [workers=N] [section__key=value]`.
+    """One training: `FOLDER [resume=auto|named] [FAULT=UPDATE] [slow=S] [workers=N] [a__b=value]`.
 
-    `HARM_RANK` picks the process that is hit. Several such groups, with `--` between them, run one after another.
+    FAULT is one of kill, term, int, usr1, nan. `HARM_RANK` picks the process that is hit. Several
+    such groups of words, with `--` between them, run one after another in the same processes.
     """
     folder, given = Path(words[0]), dict(word.split("=") for word in words[1:])
     resume, slow = given.pop("resume", ""), float(given.pop("slow", 0))

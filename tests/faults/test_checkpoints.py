@@ -1,4 +1,4 @@
-"""What a killed process, a full disk or a flipped bit leave behind is never mistaken for a checkpoint."""
+"""What a kill, a full disk or a flipped bit leave behind never passes for a checkpoint."""
 
 import json
 import os
@@ -248,9 +248,7 @@ def largest_file(limit: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_one_failed_save_is_a_warning_and_training_goes_on(
-    toy: ModuleType, tmp_path: Path
-) -> None:
+def test_one_failed_save_is_a_warning_and_training_goes_on(toy: ModuleType, tmp_path: Path) -> None:
     folder, limit = tmp_path / "run", resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def harm(step: Any, loss: Any) -> Any:
@@ -309,7 +307,7 @@ def test_vanished_run_folder_ends_the_run_and_says_so(toy: ModuleType, tmp_path:
             shutil.rmtree(folder)
         return loss
 
-    with pytest.raises((OSError, RunFailed), match="metrics.csv|run"):
+    with pytest.raises((OSError, RunFailed), match=r"metrics\.csv|run"):
         toy.complete(folder, on_step=harm)
 
 

@@ -63,7 +63,9 @@ def test_many_stops_in_one_run_are_exact(toy: ModuleType, whole: Path, tmp_path:
 
 def test_values_logged_between_rows_survive_a_stop(toy: ModuleType, tmp_path: Path) -> None:
     def note(step: Any, loss: Any) -> Any:
-        if step.index == 2:  # update 3 writes no row; the value belongs to the row of the epoch's end
+        if (
+            step.index == 2
+        ):  # update 3 writes no row; the value belongs to the row of the epoch's end
             step.log(noted=1.5)
         return loss
 
@@ -126,7 +128,7 @@ def test_more_epochs_continue_a_finished_run(toy: ModuleType, tmp_path: Path) ->
 
 def test_a_finished_run_stays_finished(toy: ModuleType, whole: Path) -> None:
     before = toy.digests(whole)
-    loop = toy.complete(whole, resume="named", on_step=lambda step, loss: pytest.fail("a step"))
+    loop = toy.complete(whole, resume="named", on_step=lambda *_: pytest.fail("a step"))
     assert loop.finished
     assert toy.digests(whole) == before
 
@@ -153,9 +155,21 @@ def test_workers_change_nothing(toy: ModuleType, tmp_path: Path) -> None:
 
 
 def test_two_processes(toy: ModuleType, whole: Path, tmp_path: Path) -> None:
-    """Stop, resume and a broken loss in two real processes; one start for all, as it takes seconds."""
+    """Stop, resume and a broken loss in two real processes; one start, as it takes seconds."""
     a, b, c = (str(tmp_path / name) for name in "abc")
-    words = [a, "--", b, "term=6", "--", b, "resume=auto", "--", c, "nan=5", "train__save_minutes=0"]
+    words = [
+        a,
+        "--",
+        b,
+        "term=6",
+        "--",
+        b,
+        "resume=auto",
+        "--",
+        c,
+        "nan=5",
+        "train__save_minutes=0",
+    ]
     with toy.launch(*words, processes=2, env={"HARM_RANK": "1"}) as program:
         out, err = program.communicate(timeout=120)
     assert out, err
@@ -165,7 +179,7 @@ def test_two_processes(toy: ModuleType, whole: Path, tmp_path: Path) -> None:
     same(toy, Path(a), Path(b))
     assert toy.status(Path(b))[0] == "finished"
     assert json.loads((Path(a) / "run.json").read_text())["processes"] == 2
-    # The same learning rates and evaluations as in one process; weights differ by batch norm and dropout.
+    # The learning rates of one process; weights differ by batch norm and dropout.
     rates = [[(row["update"], row["lr"]) for row in toy.metrics(run)] for run in (Path(a), whole)]
     assert rates[0] == rates[1]
 
@@ -173,7 +187,7 @@ def test_two_processes(toy: ModuleType, whole: Path, tmp_path: Path) -> None:
     assert toy.status(Path(c))[0] == "failed"
     assert "not finite at update 6 (epoch 2, batch 2" in toy.status(Path(c))[1], err
 
-    with pytest.raises(UserError, match="trained with 2 processes, resumed with 1"):
+    with pytest.raises(UserError, match="begun with 2 processes, resumed with 1"):
         toy.complete(Path(a), resume="named")
 
 

@@ -1,0 +1,57 @@
+import json
+
+import pytest
+
+from moectl.balpoe.cli import _DROPPED
+from moectl.cli import _run
+
+
+@pytest.mark.parametrize("flag", [name for name in _DROPPED if name.startswith("--")])
+def test_a_dropped_flag_names_its_successor(flag, capsys):
+    assert _run(["balpoe", "train", flag, "x"]) == 2
+    assert _DROPPED[flag] in capsys.readouterr().err
+
+
+def test_the_underscore_spelling_is_accepted(capsys):
+    words = [
+        "--dataset",
+        "synthetic",
+        "--save_period",
+        "7",
+        "--num_experts=3",
+        "--mixup_alpha",
+        "1",
+    ]
+    assert _run(["balpoe", "train", *words, "--dry_run", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["settings"]
+    assert found["train.save_period"] == {"value": 7, "from": "flag"}
+    assert found["loss.mixup_alpha"]["value"] == 1.0
+
+
+def test_a_dry_run_says_where_values_come_from_and_writes_nothing(isolated, capsys):
+    words = ["--dataset", "synthetic", "--set", "optim.lr=0.2"]
+    assert _run(["balpoe", "train", *words, "-n", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["settings"]["optim.lr"] == {"value": 0.2, "from": "--set"}
+    assert document["settings"]["data.dataset"]["from"] == "flag"
+    assert document["size"]["parameters"] == 1_344_784
+    assert list(isolated.iterdir()) == []
+
+
+def test_missing_data_is_one_sentence_with_the_place(isolated, capsys):
+    code = _run(["balpoe", "train", "--no-download", "--data-dir", "nowhere", "--quiet"])
+    assert code == 2
+    error = capsys.readouterr().err
+    assert "nowhere/cifar-100-python" in error
+    assert "Traceback" not in error
+    assert not (isolated / "nowhere").exists()
+
+
+def test_evaluating_without_a_run_is_refused(capsys):
+    assert _run(["balpoe", "eval"]) == 2
+    assert "no run of balpoe" in capsys.readouterr().err
+
+
+def test_experts_dir_names_its_successor(capsys):
+    assert _run(["balpoe", "eval", "--experts_dir", "x"]) == 2
+    assert "--run REF" in capsys.readouterr().err
