@@ -367,6 +367,29 @@ def test_out_refuses_a_folder_that_is_not_empty(
     assert "exists and is not an empty folder" in err
 
 
+class Payload:
+    """Something that acts when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        return (Path.touch, (self.path,))
+
+
+def test_code_in_an_imported_file_never_runs(
+    moectl: Callable[..., Outcome], isolated: Path
+) -> None:
+    import torch
+
+    torch.save({"state_dict": Payload(isolated / "ran")}, "evil.pth")
+    words = "balpoe import evil.pth --dataset synthetic --cpu --set train.precision=no"
+    code, out, err = moectl(*words.split())
+    assert (code, out) == (2, "")
+    assert "evil.pth: holds more than tensors and plain types" in err
+    assert not (isolated / "ran").exists()
+
+
 def test_interrupt_resume_interrupt_twice(trained: tuple[Path, Outcome], tmp_path: Path) -> None:
     """Ctrl-C saves and can be resumed; a second one leaves at once."""
     words = ("balpoe", "train", *TINY, "--epochs", "40", "--name", "long")

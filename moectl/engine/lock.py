@@ -25,6 +25,8 @@ class Lock:
         now = datetime.now(UTC).isoformat(timespec="seconds")
         self._file.write(f"process {os.getpid()} on {socket.gethostname()} since {now}\n")
         self._file.flush()
+        # Loader workers outlive a killed process by seconds and must not keep its lock.
+        os.register_at_fork(after_in_child=self.release)
 
     def release(self) -> None:
         """Let others write. The file stays: removing it would let two writers in."""

@@ -4,6 +4,8 @@ import os
 import signal
 import subprocess
 import sys
+import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -36,3 +38,27 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path: Path, root: Path) -> Non
         holder.send_signal(signal.SIGKILL)
         holder.wait(10)
     Lock(tmp_path).release()
+
+
+def test_forked_processes_do_not_hold_the_lock(tmp_path: Path) -> None:
+    lock = Lock(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of fork beside threads
+        child = os.fork()
+    if child == 0:
+        time.sleep(30)
+        os._exit(0)
+    try:
+        with pytest.raises(UserError, match="another process is writing here"):
+            Lock(tmp_path)
+        lock.release()
+        deadline = time.monotonic() + 5
+        while True:  # the child may need a moment to let go
+            try:
+                Lock(tmp_path).release()
+                break
+            except UserError:
+                assert time.monotonic() < deadline
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)

@@ -182,3 +182,13 @@ def test_weights_are_listed_and_replaced_when_written_again(toy: ModuleType) -> 
 def test_a_run_whose_record_cannot_be_written_still_ends(toy: ModuleType) -> None:
     with opened(toy) as run:
         shutil.rmtree(run.folder)
+
+
+def test_a_refused_resume_does_not_undo_a_finished_run(toy: ModuleType, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    toy.complete(folder, train__epochs=1)
+    for file in folder.glob("checkpoints/*/loop.json"):
+        file.write_text("{")
+    with pytest.raises(UserError, match="corrupt checkpoint"):
+        toy.complete(folder, resume="named", train__epochs=2)
+    assert toy.status(folder)[0] == "finished"
