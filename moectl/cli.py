@@ -156,7 +156,7 @@ def _run(arguments: list[str]) -> int:
         _say(str(error))
         code = 1
     except Interrupted as error:
-        _say(f"stopped: {error}", "the same command with --resume goes on from here")
+        _say(str(error), "the same command with --resume goes on from here", "stopped")
         code = 75
     except (KeyboardInterrupt, typer.Abort):
         code = 130
@@ -190,7 +190,7 @@ def _usage(error: Any) -> int:
     return int(error.exit_code)
 
 
-def _say(message: str, hint: str = "") -> None:
+def _say(message: str, hint: str = "", label: str = "error") -> None:
     from moectl.engine import console
 
-    console.error(message, hint)
+    console.error(message, hint, label)

@@ -4,10 +4,12 @@ import importlib.util
 import logging
 import os
 import signal
+import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -71,3 +73,28 @@ def toy() -> ModuleType:
     sys.modules["toy"] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def start() -> Callable[..., subprocess.Popen[str]]:
+    """Start `moectl WORDS…`, or another program, as a process of its own."""
+
+    def begin(*words: str, program: Sequence[str] = (), **options: Any) -> subprocess.Popen[str]:
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        environment = {**os.environ, "PYTHONPATH": str(_ROOT)}
+        start = program or (sys.executable, "-m", "moectl")
+        return subprocess.Popen([*start, *words], **{"env": environment, **pipes, **options})
+
+    return begin
+
+
+@pytest.fixture(scope="session")
+def finish() -> Callable[..., tuple[int, str, str]]:
+    """Wait for a process and return its exit code, stdout and stderr."""
+
+    def end(program: subprocess.Popen[str], seconds: float = 60) -> tuple[int, str, str]:
+        with program:
+            out, err = program.communicate(timeout=seconds)
+        return program.returncode, out or "", err or ""
+
+    return end

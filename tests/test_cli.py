@@ -1,10 +1,8 @@
 """The command line as a user meets it: exit codes, standard output, messages."""
 
 import json
-import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,14 +13,14 @@ import pytest
 from moectl import cli
 from moectl.engine.errors import Interrupted, RunFailed, UserError
 
-ROOT = Path(__file__).resolve().parent.parent
-MOECTL = (sys.executable, "-m", "moectl")
 TINY = (
     *("--dataset", "synthetic", "--cpu", "--threads", "1", "--precision", "no"),
     *("--experts", "2", "--tau-list", "0;2", "--set", "train.tensorboard=false"),
 )
 
 Outcome = tuple[int, str, str]
+Start = Callable[..., subprocess.Popen[str]]
+Finish = Callable[..., Outcome]
 
 
 @pytest.fixture
@@ -36,18 +34,6 @@ def moectl(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
         return int(end.value.code or 0), out, err
 
     return call
-
-
-def start(*words: str, program: tuple[str, ...] = MOECTL, **options: Any) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([*program, *words], **{"env": environment, **pipes, **options})
-
-
-def finish(program: subprocess.Popen[str], seconds: float = 60) -> Outcome:
-    with program:
-        out, err = program.communicate(timeout=seconds)
-    return program.returncode, out or "", err or ""
 
 
 # Exit codes
@@ -256,62 +242,13 @@ def test_dry_run_makes_no_run(moectl: Callable[..., Outcome], isolated: Path) ->
     assert list(isolated.iterdir()) == []
 
 
-# Standard output of listings, in real processes
-
-
-def test_json_into_a_pipe_is_one_document() -> None:
-    code, out, err = finish(start("presets", "list", "--json"))
-    assert (code, err) == (0, "")
-    assert any(entry["name"] == "digits_ir20" for entry in json.loads(out))
-
-
-def test_stderr_may_be_closed() -> None:
-    shell = f"{sys.executable} -m moectl balpoe train --set optim.lrr=1 2>&-"
-    assert finish(start("-c", shell, program=("sh",)))[0] == 2
-    shell = f"{sys.executable} -m moectl presets list --json 2>&-"
-    code, out, _ = finish(start("-c", shell, program=("sh",)))
-    assert code == 0
-    assert json.loads(out)
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-@pytest.mark.parametrize("words", ["presets list", "presets list --json", "--help"])
-def test_a_full_device_is_an_error_without_a_traceback(words: str) -> None:
-    with Path("/dev/full").open("w") as full:
-        code, _, err = finish(start(*words.split(), stdout=full))
-    assert code == 1
-    assert "No space left" in err
-    assert "Traceback" not in err
-    assert "Exception ignored" not in err
-
-
-def test_a_reader_that_leaves_is_no_drama() -> None:
-    shell = f"({sys.executable} -m moectl presets show balpoe; echo code $? >&2) | head -n 1"
-    _, out, err = finish(start("-c", shell, program=("sh",)))
-    assert len(out.splitlines()) == 1
-    assert "Traceback" not in err
-    assert "Exception ignored" not in err
-
-
-def test_closed_stdout_is_an_error_without_a_traceback() -> None:
-    shell = f"{sys.executable} -m moectl presets list >&-"
-    code, _, err = finish(start("-c", shell, program=("sh",)))
-    assert code in (0, 1)
-    assert "Traceback" not in err
-
-
-def test_the_folder_can_be_run_by_path(isolated: Path) -> None:
-    program = (sys.executable, str(ROOT / "moectl"))
-    code, out, _ = finish(start("presets", "list", "--json", program=program))
-    assert code == 0
-    assert json.loads(out)
-
-
 # Training, in real processes
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outcome]:
+def trained(
+    tmp_path_factory: pytest.TempPathFactory, start: Start, finish: Finish
+) -> tuple[Path, Outcome]:
     """A folder in which a tiny training ran to its end."""
     folder = tmp_path_factory.mktemp("trained")
     words = ("balpoe", "train", *TINY, "--epochs", "1", "--name", "tiny")
@@ -390,7 +327,7 @@ def test_code_in_an_imported_file_never_runs(
     assert not (isolated / "ran").exists()
 
 
-def test_interrupt_resume_interrupt_twice(trained: tuple[Path, Outcome], tmp_path: Path) -> None:
+def test_interrupt_resume_interrupt_twice(start: Start, finish: Finish, tmp_path: Path) -> None:
     """Ctrl-C saves and can be resumed; a second one leaves at once."""
     words = ("balpoe", "train", *TINY, "--epochs", "40", "--name", "long")
     save = ("--set", "train.save_minutes=0", "--set", "train.log_every=1")

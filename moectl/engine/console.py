@@ -57,10 +57,10 @@ def log_to(path: Path) -> logging.Handler:
     return handler
 
 
-def error(message: str, hint: str = "") -> None:
+def error(message: str, hint: str = "", label: str = "error") -> None:
     """Print one red line, and a hint below it."""
     try:
-        _talk.print(f"error: {message}", style="red", markup=False, soft_wrap=True)
+        _talk.print(f"{label}: {message}", style="red", markup=False, soft_wrap=True)
         if hint:
             _talk.print(f"hint: {hint}", markup=False, soft_wrap=True)
     except OSError:

@@ -257,7 +257,8 @@ def _lines(cls: type[Settings], error: ValidationError, origin: Mapping[str, str
             choices = known if "." in key else list(cls.model_fields)
             yield f"{start}: no such setting{nearest(key, choices)}"
         elif entry["type"] == "value_error":
-            yield f"{place}{entry['ctx']['error']}"  # the rule names its own keys
+            # A rule over a whole section names its own keys.
+            yield f"{place}{key + ': ' if key in known else ''}{entry['ctx']['error']}"
         else:
             yield f"{start} = {entry['input']!r}: {entry['msg'][0].lower()}{entry['msg'][1:]}"
 

@@ -10,13 +10,15 @@ from moectl.engine.errors import UserError
 from moectl.engine.options import flag_of
 from moectl.engine.settings import fields, resolve
 
-ORIGINAL_FLAGS = """
-config resume device log-config seed val validate use-wandb n-gpu lr wd bs data-dir name epochs step1
-step2 warmup gamma t-max eta-min save-period save-dir reduce-dimension layer2-dimension
-layer3-dimension layer4-dimension num-experts use-norm norm-scale tau-list tau-max tau-min
-combiner-type mixup-alpha cutmix-alpha target-mix-strategy randaugm cutout trivialaugm
-finetuning-start track-expert-losses share-layer2 share-layer3
-""".split()
+ORIGINAL_FLAGS = [
+    "config", "resume", "device", "log-config", "seed", "val", "validate", "use-wandb", "n-gpu",
+    "lr", "wd", "bs", "data-dir", "name", "epochs", "step1", "step2", "warmup", "gamma",
+    "t-max", "eta-min", "save-period", "save-dir", "reduce-dimension", "layer2-dimension",
+    "layer3-dimension", "layer4-dimension", "num-experts", "use-norm", "norm-scale", "tau-list",
+    "tau-max", "tau-min", "combiner-type", "mixup-alpha", "cutmix-alpha", "target-mix-strategy",
+    "randaugm", "cutout", "trivialaugm", "finetuning-start", "track-expert-losses",
+    "share-layer2", "share-layer3",
+]  # fmt: skip
 COMMON = {"--resume", "--name"}
 
 

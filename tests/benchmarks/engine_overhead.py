@@ -44,7 +44,7 @@ def bare() -> float:
 
 
 def engine() -> float:
-    """Seconds of process time with the loop: seeds, metrics, checks and two checkpoints included."""
+    """Seconds of process time with the loop: seeds, metrics, checks and checkpoints included."""
     from moectl.engine.optim import build_optimizer, build_schedule
 
     options = toy.settings(train__epochs=EPOCHS, train__batch_size=BATCH, train__log_every=50)

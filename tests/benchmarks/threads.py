@@ -1,4 +1,4 @@
-"""One CPU thread against all, on an idle machine and beside a busy process, with several waiting policies.
+"""One CPU thread against all, idle and beside a busy process, with several waiting policies.
 
 Each row is a process of its own, since OpenMP reads its environment once.
 
@@ -49,9 +49,7 @@ def table(side: int, batch: int) -> None:
     print(f"  {side}x{side}, batch {batch}: one thread {one * 1000:.0f} ms")
     for name, policy in POLICIES.items():
         found = seconds(every, policy, side, batch)
-        print(
-            f"    {every} threads, {name:<10} {found * 1000:6.0f} ms  {found / one:.2f} x one thread"
-        )
+        print(f"    {every} threads, {name:<10} {found * 1000:6.0f} ms  {found / one:.2f} x one")
 
 
 def main() -> None:
