@@ -121,6 +121,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit: 0 done, 1 failed, 2 usage, 75 resumable, 130 second Ctrl-C."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     code = 0
+    if sys.stdout is None:  # closed by whoever started us
+        sys.stdout = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8")
     try:
         code = _run(arguments)
         sys.stdout.flush()
@@ -129,7 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except OSError as error:
         _say(f"output could not be written: {error.strerror or error}")
         code = 1
-    if code and sys.stdout is not None:
+    if code:
         _drop_stdout()
     sys.exit(code)
 
@@ -148,7 +150,7 @@ def _run(arguments: list[str]) -> int:
     debug = "--debug" in arguments
     arguments = [word for word in arguments if word != "--debug"]
     try:
-        return int(app(arguments, prog_name="moectl", standalone_mode=False) or 0)
+        return _call(arguments, debug)
     except UserError as error:
         _say(error.message, error.hint)
         code = 2
@@ -165,15 +167,20 @@ def _run(arguments: list[str]) -> int:
     except Exception as error:
         if hasattr(error, "format_message"):  # the parser's own complaint
             return _usage(error)
-        if debug:
-            raise
         _say(f"{type(error).__name__}: {error}", "--debug shows where; a run's log.txt has it too")
         code = 1
-    if debug:
-        import traceback
-
-        traceback.print_exc()
     return code
+
+
+def _call(arguments: list[str], debug: bool) -> int:
+    try:
+        return int(app(arguments, prog_name="moectl", standalone_mode=False) or 0)
+    except BaseException:
+        if debug:
+            import traceback
+
+            traceback.print_exc()
+        raise
 
 
 def _usage(error: Any) -> int:

@@ -44,7 +44,7 @@ def moectl(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
     [
         (UserError("lr = -1", "use more"), 2, "error: lr = -1\nhint: use more"),
         (RunFailed("broken"), 1, "error: broken"),
-        (Interrupted("SIGTERM after update 3"), 75, "error: stopped: SIGTERM after update 3"),
+        (Interrupted("SIGTERM after update 3"), 75, "stopped: SIGTERM after update 3"),
         (KeyboardInterrupt(), 130, ""),
         (ValueError("odd"), 1, "error: ValueError: odd"),
         (OSError(28, "No space left on device"), 1, "No space left on device"),

@@ -133,6 +133,25 @@ def agree(accelerator: "Accelerator", decide: Callable[[], Path]) -> Path:
     return Path(verdict[0])
 
 
+def any_process(accelerator: "Accelerator", *flags: bool) -> list[bool]:
+    """Return each flag as raised by any process, the same on all."""
+    if accelerator.num_processes == 1:
+        return list(flags)
+    import torch
+
+    here = torch.tensor(flags, dtype=torch.int64, device=accelerator.device)
+    return [bool(flag) for flag in accelerator.reduce(here, "sum")]
+
+
+def gather_objects(accelerator: "Accelerator", here: Any) -> list[Any]:
+    """Return every process's object, by rank."""
+    if accelerator.num_processes == 1:
+        return [here]
+    from accelerate.utils import gather_object
+
+    return list(gather_object([here]))
+
+
 def gather_rows(accelerator: "Accelerator", rows: "Tensor", total: int) -> "Tensor":
     """Collect the rows of an evaluation that was dealt out to all processes, in data-set order.
 

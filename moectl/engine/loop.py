@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from moectl.engine import checkpoint, console, state
 from moectl.engine.errors import Interrupted, RunFailed, UserError
-from moectl.engine.launch import agree
+from moectl.engine.launch import agree, any_process, gather_objects
 from moectl.engine.seeding import seed_all
 from moectl.engine.sources import Chunk, Source, Stream
 from moectl.engine.tracking import Means, MetricsFile, Trackers, mean_over
@@ -196,7 +196,7 @@ class Loop:
         factor = self.schedule(chunk.epoch + chunk.batch / self.stream.batches_per_epoch)
         for group, rate in zip(self.optimizer.param_groups, self.base_rates, strict=True):
             group["lr"] = rate * factor
-        if not self.model.training:
+        if not self.module.training:  # the wrapper of several processes has a flag of its own
             self.model.train()
         # After the batch was fetched: whatever loading draws must not matter here.
         seed_all(self.settings.seed, "step", self.update, micro, self.accelerator.process_index)
@@ -249,26 +249,22 @@ class Loop:
     def _save_or_stop(self) -> None:
         due = self.run.elapsed_seconds - self._saved_at >= self.settings.save_minutes * 60
         best_now = self.best.get("update") == self.update
-        bad, stop, save = self._any_process(
-            int(self._first_bad) >= 0, bool(self.run.stop), due or best_now
+        bad, stop, save = any_process(
+            self.accelerator, int(self._first_bad) >= 0, bool(self.run.stop), due or best_now
         )
         if bad:
             self._refuse()
-        if save or stop:
-            self._save()
+        written = self._save() if save or stop else True
         if stop:
             reason = self.run.stop.reason or "stopped by another process"
-            raise Interrupted(f"{reason} after update {self.update} of {self.total_updates}")
-
-    def _any_process(self, *flags: bool) -> list[bool]:
-        if self.accelerator.num_processes == 1:
-            return list(flags)
-        here = torch.tensor(flags, dtype=torch.int64, device=self.accelerator.device)
-        return [bool(flag) for flag in self.accelerator.reduce(here, "sum")]
+            note = "" if written else "; this update could not be saved, an earlier one was"
+            raise Interrupted(f"{reason} after update {self.update} of {self.total_updates}{note}")
 
     def _refuse(self) -> None:
-        first = int(self._first_bad)
-        epoch, batch = divmod(max(first, 0), self.stream.batches_per_epoch)
+        first = min(
+            first for first in gather_objects(self.accelerator, int(self._first_bad)) if first >= 0
+        )
+        epoch, batch = divmod(first, self.stream.batches_per_epoch)
         rate = self.base_rates[0] * self.schedule(epoch + batch / self.stream.batches_per_epoch)
         means = mean_over([self.window.state()])
         parts = ", ".join(f"{name} {console.brief(value)}" for name, value in means.items())
@@ -278,15 +274,16 @@ class Loop:
             f" {parts or 'none'}); the checkpoint before it is kept"
         )
 
-    def _check_health(self) -> None:
-        """Refuse to score or save weights that are not finite."""
+    def _check_health(self, update: int) -> None:
+        """Refuse to score or save weights that are not finite after an update."""
         total = nn.utils.get_total_norm(list(self.module.parameters()))
-        broken = not math.isfinite(float(total))
-        if any(self._any_process(int(self._first_bad) >= 0, broken)):
+        if not math.isfinite(float(total)) and int(self._first_bad) < 0:
+            self._first_bad.fill_(update)
+        if any(any_process(self.accelerator, int(self._first_bad) >= 0)):
             self._refuse()
 
     def _score(self, metrics: Mapping[str, float | None]) -> bool:
-        self._check_health()
+        self._check_health(self.update)
         self.extra.update(metrics)
         value = metrics.get(self.monitor) if self.monitor else None
         if self.monitor and value is None:
@@ -298,7 +295,7 @@ class Loop:
         return better
 
     def _log(self, step: Step, split: str, means: Means, trackers: Trackers) -> None:
-        averages = mean_over(self._gather(means.state()))
+        averages = mean_over(gather_objects(self.accelerator, means.state()))
         row = {
             "lr": self.optimizer.param_groups[0]["lr"],
             **{f"{split}/{name}": value for name, value in averages.items()},
@@ -316,37 +313,38 @@ class Loop:
                     "epoch %d/%d  %s", self.epoch, self.settings.epochs, console.epoch_line(row)
                 )
 
-    def _gather(self, here: Any) -> list[Any]:
-        if self.accelerator.num_processes == 1:
-            return [here]
-        from accelerate.utils import gather_object
+    def _save(self) -> bool:
+        """Write the training state and return whether it is on the disk.
 
-        return list(gather_object([here]))
-
-    def _save(self) -> None:
-        """Write the training state; three failures in a row end the run, one is only a warning."""
-        self._check_health()
-        means = self._gather({"epoch": self.epoch_means.state(), "window": self.window.state()})
-        if self.run.is_main:
-            root = self.run.folder / "checkpoints"
-            try:
-                folder = checkpoint.save(
-                    root, self.update, self._pack(means), {"processes": len(means)}
-                )
-                self._failed_saves = 0
-            except OSError as error:
-                self._failed_saves += 1
-                log.warning("checkpoint at update %d could not be written: %s", self.update, error)
-                if self._failed_saves >= _SAVE_FAILURES:
-                    raise RunFailed(
-                        f"{_SAVE_FAILURES} checkpoints in a row could not be written"
-                    ) from error
-            else:
-                best = self.best.get("update")
-                self.run.note(checkpoint={"latest": folder.name, "best": best})
-                checkpoint.prune(root, self.settings.keep, best)
-        self._saved_update, self._saved_at = self.update, self.run.elapsed_seconds
+        A failure is only a warning; the third in a row ends the run.
+        """
+        self._check_health(self.update - 1)
+        means = gather_objects(
+            self.accelerator, {"epoch": self.epoch_means.state(), "window": self.window.state()}
+        )
+        written = self._write(means) if self.run.is_main else True
+        self._saved_at = self.run.elapsed_seconds
+        self._saved_update = self.update if written else self._saved_update
         self.accelerator.wait_for_everyone()
+        return written
+
+    def _write(self, means: list[Any]) -> bool:
+        root = self.run.folder / "checkpoints"
+        try:
+            facts = {"processes": len(means)}
+            folder = checkpoint.save(root, self.update, self._pack(means), facts)
+        except OSError as error:
+            self._failed_saves += 1
+            log.warning("checkpoint at update %d could not be written: %s", self.update, error)
+            if self._failed_saves >= _SAVE_FAILURES:
+                message = f"{_SAVE_FAILURES} checkpoints in a row could not be written"
+                raise RunFailed(message) from error
+            return False
+        self._failed_saves = 0
+        best = self.best.get("update")
+        self.run.note(checkpoint={"latest": folder.name, "best": best})
+        checkpoint.prune(root, self.settings.keep, best)
+        return True
 
     def _pack(self, means: list[Any]) -> dict[str, bytes]:
         position = {
@@ -355,6 +353,7 @@ class Loop:
             "batch": self.batch,
             "best": self.best,
             "stale_epochs": self.stale_epochs,
+            "extra": self.extra,
             "means": means,
         }
         scaler = self.accelerator.scaler
@@ -367,23 +366,22 @@ class Loop:
         root = self.run.folder / "checkpoints"
         fall_back = self.run.resuming == "auto"
         folder = agree(self.accelerator, lambda: checkpoint.choose(root, fall_back=fall_back))
+        if folder.name:
+            self._load(folder)
+            log.info("resumed at update %d of %d", self.update, self.total_updates)
+        else:
+            log.info("no checkpoint yet: starting from the beginning")
         if self.run.is_main:
             self.metrics.keep_until(checkpoint.update_of(folder))
-        if not folder.name:
-            log.info("no checkpoint yet: starting from the beginning")
-            return
+
+    def _load(self, folder: Path) -> None:
+        accelerator = self.accelerator
         files, manifest = checkpoint.read(folder)
-        world = self.accelerator.num_processes
-        if manifest["processes"] != world:
+        if manifest["processes"] != accelerator.num_processes:
             raise UserError(
                 f"{self.run.folder}: begun with {manifest['processes']} processes,"
-                f" resumed with {world}"
+                f" resumed with {accelerator.num_processes}"
             )
-        self._load(files, folder)
-        log.info("resumed at update %d of %d", self.update, self.total_updates)
-
-    def _load(self, files: Mapping[str, bytes], folder: Path) -> None:
-        accelerator = self.accelerator
         position, self._tracked_state = state.unpack(
             files, str(folder), self.module, self.optimizer, accelerator.scaler
         )
@@ -391,6 +389,7 @@ class Loop:
             position[name] for name in ("update", "epoch", "batch")
         )
         self.best, self.stale_epochs = position["best"], position["stale_epochs"]
+        self.extra = position["extra"]
         mine = position["means"][accelerator.process_index]
         self.epoch_means.restore(mine["epoch"], accelerator.device)
         self.window.restore(mine["window"], accelerator.device)

@@ -77,6 +77,7 @@ class Run(Generic[S]):
     ) -> None:
         self.folder, self.settings, self.accelerator = folder, settings, accelerator
         self.record, self.resuming = record, resuming
+        self._was_finished = record.get("status") == "finished"
         self.stop = StopRequest(_train(settings).max_seconds)
         self._lock = Lock(folder) if accelerator.is_main_process else None
         self._log = console.log_to(folder / "log.txt")
@@ -168,6 +169,8 @@ class Run(Generic[S]):
         try:
             if error is None:
                 self.note(status="finished", reason="")
+            elif isinstance(error, UserError) and self._was_finished:
+                self.note(status="finished", reason="")  # refused: nothing was changed
             elif isinstance(error, Interrupted | KeyboardInterrupt):
                 self.note(status="interrupted", reason=str(error) or "second Ctrl-C")
             else:
