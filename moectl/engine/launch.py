@@ -37,11 +37,9 @@ def cores() -> int:
 def choose_threads(threads: int) -> int:
     """Return the threads to use and tell OpenMP, which reads its environment as torch is imported.
 
-    One core is left to the rest of the machine: a team of threads that must share a core waits for
-    its slowest member at every operation. Measured on two cores beside a busy process, two threads
-    took 2 to 7 times as long as one; on idle cores they took 0.55 to 0.8 of it. Threads spin
-    briefly before they sleep, which costs little where a core is taken and saves the sleep where
-    none is.
+    One core is left to the rest of the machine: a team of threads that must share a core waits
+    for its slowest member at every operation. Measured on two cores beside a busy process, two
+    threads took 2 to 7 times as long as one; on idle cores 0.54 to 0.82 of it.
     """
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     # Launchers set OMP_NUM_THREADS to 1 whatever the machine; only a user's own value counts.
@@ -49,7 +47,6 @@ def choose_threads(threads: int) -> int:
     count = threads or (
         int(wanted) if wanted.isdigit() and int(wanted) else max(1, (cores() - 1) // local)
     )
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     os.environ["OMP_NUM_THREADS"] = str(count)
     if "torch" in sys.modules:
         import torch

@@ -30,7 +30,6 @@ print(statistics.median(times[2:]))
 POLICIES = {
     "default": {},
     "passive": {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"},
-    "spin 1000": {"GOMP_SPINCOUNT": "1000"},
 }
 
 
