@@ -158,7 +158,7 @@ def _run(arguments: list[str]) -> int:
         _say(str(error))
         code = 1
     except Interrupted as error:
-        _say(str(error), "the same command with --resume goes on from here", "stopped")
+        _say(str(error), error.hint, "stopped")
         code = 75
     except (KeyboardInterrupt, typer.Abort):
         code = 130

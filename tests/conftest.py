@@ -28,9 +28,6 @@ def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         if name.upper().startswith(("MOECTL_", "ACCELERATE_")) or name in _LAUNCHER:
             monkeypatch.delenv(name)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    for name in ("HF_HUB_DISABLE_TELEMETRY",):
-        monkeypatch.setenv(name, os.environ.get(name, ""))  # so that what a test sets is undone
-        monkeypatch.delenv(name)
     folder = tmp_path / "work"
     folder.mkdir()
     monkeypatch.chdir(folder)

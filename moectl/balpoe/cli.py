@@ -8,6 +8,7 @@ import typer
 from moectl.balpoe.settings import BalpoeSettings
 from moectl.engine import console
 from moectl.engine.command import Request, command, open_run
+from moectl.engine.errors import UserError
 
 _DROPPED = {
     "--config": "use --preset NAME or --preset FILE.toml",
@@ -46,8 +47,7 @@ def train(request: Request) -> None:
 
     with open_run(request) as run:
         run_training(run.settings, run)
-    if run.is_main:
-        console.result(run.record, str(run.folder))
+    console.result({**run.record, "folder": str(run.folder)}, str(run.folder))
 
 
 @command(
@@ -75,6 +75,8 @@ def import_(
     """Bring a public .pth of the original code into a run folder."""
     from moectl.balpoe.train import import_weights
 
+    if request.folder:
+        raise UserError("import makes a new run, it does not go on with one", "leave --resume out")
     with open_run(request) as run:
         import_weights(weights, run.settings, run)
-    console.result(run.record, str(run.folder))
+    console.result({**run.record, "folder": str(run.folder)}, str(run.folder))

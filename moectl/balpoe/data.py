@@ -5,7 +5,7 @@ Legend: N images, C channels, H W pixels, K classes.
 
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -84,6 +84,36 @@ def load(data: "DataSection", seed: int) -> Data:
             return _long_tailed(_cifar(data), data, seed)
         case "imagenet_lt" | "inat18" | "list":
             return _from_files(data, seed)
+
+
+class Sizes(NamedTuple):
+    """How large a data set is."""
+
+    train: int
+    val: int
+    test: int
+    classes: int
+    side: int
+    """Pixels along an image's edge."""
+
+
+def sizes(data: "DataSection", seed: int) -> Sizes:
+    """Return the sizes of the three sets; those of CIFAR are known without its files.
+
+    Raises:
+        UserError: if the files of another data set are missing.
+    """
+    public = {"cifar10": (5000, 10), "cifar100": (500, 100)}
+    if data.dataset in public:
+        n_max, classes = public[data.dataset]
+        counts = class_sizes(n_max, classes, 1 / data.imbalance_ratio, data.profile)
+        held = np.repeat(np.arange(classes), 10_000 // classes)
+        val, test = split_indices(held, data.val_fraction, seed)
+        return Sizes(sum(counts), len(val), len(test), classes, 32)
+    found = load(data.model_copy(update={"download": False}), seed)
+    side = cast("int", found.facts["image_size"])
+    parts = (len(found.train), len(found.val), len(found.test))
+    return Sizes(*parts, len(found.class_counts), side)
 
 
 def _long_tailed(pool: _Pool, data: "DataSection", seed: int) -> Data:
@@ -254,8 +284,10 @@ def _from_files(data: "DataSection", seed: int) -> Data:
     else:
         val_indices, test_indices = list(range(len(val))), list(range(len(test)))
 
+    finish = Plain(lists.mean, lists.std)
+
     def source(items: list[tuple[str, int]]) -> Source:
-        return FolderSource(items, lists.augment, lists.plain, data.workers)
+        return FolderSource(items, lists.augment, lists.plain, data.workers, finish)
 
     counts = lists.class_counts
     return Data(

@@ -3,7 +3,7 @@
 import csv
 import io
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,7 +23,7 @@ from moectl.engine import artefact, console
 from moectl.engine.errors import UserError
 from moectl.engine.files import write_json, write_text
 from moectl.engine.launch import build_accelerator, gather_rows
-from moectl.engine.references import find_weights
+from moectl.engine.references import find_weights, split_reference
 from moectl.engine.run import read_record
 from moectl.engine.sources import Source
 from moectl.engine.tracking import loads_or_none
@@ -246,8 +246,10 @@ def shifted_table(
         *(("backward", ratio) for ratio in reversed(ratios)),
     ]
     rows = []
-    n_max = int(torch.bincount(labels, minlength=len(prior)).max())
-    for profile, ratio in shapes if ratios else []:
+    per_class = torch.bincount(labels, minlength=len(prior))
+    n_max = int(per_class.max())
+    # Without items of every class there is no such distribution.
+    for profile, ratio in shapes if ratios and per_class.min() else []:
         chosen = torch.as_tensor(shifted_indices(labels.numpy(), profile, ratio, n_max))
         kept, truth = ensemble[chosen], labels[chosen]
         counts = torch.bincount(truth, minlength=len(prior)).double()
@@ -311,10 +313,11 @@ def run_eval(settings: BalpoeSettings, reference: str, cpu: bool) -> tuple[dict[
         raise UserError(
             f"{path}: has no {path.name}.json beside it", "moectl balpoe import makes a run of it"
         )
-    data = load(settings.data, settings.train.seed)
-    _same_split(data, path.parent)
     precision = str(read_record(path.parent)["precision"])
     accelerator = build_accelerator(settings.train, cpu, precision)
+    with accelerator.main_process_first():
+        data = load(settings.data, settings.train.seed)
+    _same_data(data, settings, weights.facts, path.parent)
     model = BalpoeNet(**weights.facts["arguments"])
     model.load_state_dict(weights.payload["state_dict"])
     model.to(memory_format=torch.channels_last).to(accelerator.device).eval()
@@ -329,16 +332,32 @@ def run_eval(settings: BalpoeSettings, reference: str, cpu: bool) -> tuple[dict[
 def _tag(reference: str, epoch: int) -> str:
     if Path(reference).is_file():
         return f"epoch{epoch}"
-    wanted = reference.partition("@")[2] or "last"
+    wanted = split_reference(reference)[1] or "last"
     return wanted if wanted in ("best", "last") else f"epoch{epoch}"
 
 
-def _same_split(data: Data, folder: Path) -> None:
+def _same_data(
+    data: Data, settings: BalpoeSettings, facts: Mapping[str, Any], folder: Path
+) -> None:
+    """Refuse to read the outputs of weights by another prior, or to test on validation images."""
+    expected: dict[str, list[float]] = {
+        "class_counts": [*data.class_counts],
+        "taus": list(settings.taus),
+    }
+    for name, value in expected.items():
+        if value != facts[name]:
+            raise UserError(
+                f"{folder}: the weights were trained with {name} {_brief(facts[name])},"
+                f" the settings now give {_brief(value)}",
+                "leave data, loss and the environment as they were in the training",
+            )
     stored = loads_or_none(folder / "split.json")
     if stored is not None and stored != {"val": data.val_indices, "test": data.test_indices}:
-        raise UserError(
-            f"{folder / 'split.json'}: the data is split otherwise now, so the test images differ"
-        )
+        raise UserError(f"{folder / 'split.json'}: the data is split otherwise now")
+
+
+def _brief(values: Sequence[float]) -> str:
+    return ", ".join(map(str, values[:5])) + (" …" if len(values) > 5 else "")
 
 
 def _table(document: Mapping[str, Any]) -> "Table":

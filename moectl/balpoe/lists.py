@@ -69,10 +69,8 @@ def load_lists(data: "DataSection") -> Lists:
     mean, std = INATURALIST if data.dataset == "inat18" else IMAGENET
     policy = data.augment == "randaugment"
     jitter = policy or data.dataset != "inat18"
-    augment = training_reader(side, mean, std, jitter=jitter, policy=policy)
-    return Lists(
-        train, val, test, counts, side, mean, std, augment, evaluation_reader(side, mean, std)
-    )
+    augment = training_reader(side, mean, jitter=jitter, policy=policy)
+    return Lists(train, val, test, counts, side, mean, std, augment, evaluation_reader(side))
 
 
 def _paths(data: "DataSection") -> list[Path | None]:
@@ -155,14 +153,13 @@ def read_image(path: str) -> Any:
 
 
 def training_reader(
-    side: int, mean: tuple[float, ...], std: tuple[float, ...], *, jitter: bool, policy: bool
+    side: int, mean: tuple[float, ...], *, jitter: bool, policy: bool
 ) -> "Callable[[str], Tensor]":
-    """Return what reads an image and transforms it at random, drawing from torch alone.
+    """Return what reads an image as uint8 and transforms it at random, drawing from torch alone.
 
     Args:
         side: pixels of the square that the network sees.
-        mean: per channel, of values in 0..1.
-        std: per channel.
+        mean: per channel, of values in 0..1; what `RandAugment` fills with.
         jitter: vary brightness, contrast and saturation by up to 40 %.
         policy: then apply `RandAugment`.
     """
@@ -170,7 +167,6 @@ def training_reader(
     from torchvision import transforms
 
     from moectl.common.autoaugment import RandAugment
-    from moectl.common.images import Plain
 
     shape = transforms.Compose(
         [
@@ -180,22 +176,18 @@ def training_reader(
             transforms.PILToTensor(),
         ]
     )
-    augment, plain = RandAugment(mean, std), Plain(mean, std)
+    augment = RandAugment(mean)
 
     def read(path: str) -> "Tensor":
-        image = shape(read_image(path))[None]
-        return (augment(image, torch.rand(1, augment.draws)) if policy else plain(image))[0]
+        image: Tensor = shape(read_image(path))
+        return augment(image[None], torch.rand(1, augment.draws))[0] if policy else image
 
     return read
 
 
-def evaluation_reader(
-    side: int, mean: tuple[float, ...], std: tuple[float, ...]
-) -> "Callable[[str], Tensor]":
-    """Return what reads an image and cuts out its middle, after bringing the short side to 8/7."""
+def evaluation_reader(side: int) -> "Callable[[str], Tensor]":
+    """Return what reads an image as uint8: short side to 8/7 of `side`, then the middle."""
     from torchvision import transforms
-
-    from moectl.common.images import Plain
 
     shape = transforms.Compose(
         [
@@ -204,5 +196,4 @@ def evaluation_reader(
             transforms.PILToTensor(),
         ]
     )
-    plain = Plain(mean, std)
-    return lambda path: plain(shape(read_image(path))[None])[0]
+    return lambda path: shape(read_image(path))

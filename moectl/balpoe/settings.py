@@ -116,7 +116,7 @@ class BalpoeOptim(OptimSection):
     weight_decay: Annotated[float, Flag("--weight-decay", "--wd"), Field(ge=0)] = 5e-4
     """Weight decay on all parameters; 0 turns it off."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """Momentum of sgd; 0 turns it off."""
+    """Momentum of sgd, ignored by the others; 0 turns it off."""
     nesterov: bool = True
     """Nesterov's form of the momentum of sgd."""
 
@@ -150,7 +150,7 @@ class EvalSection(Section):
     """Images per forward pass."""
     bins: Annotated[int, Flag("--bins"), Field(ge=1)] = 15
     """Bins of the calibration errors."""
-    shifts: tuple[float, ...] = (50.0, 25.0, 10.0, 5.0, 2.0)
+    shifts: tuple[Annotated[float, Field(ge=1)], ...] = (50.0, 25.0, 10.0, 5.0, 2.0)
     """Imbalance ratios of the shifted test sets, forward and backward; empty for none."""
 
 

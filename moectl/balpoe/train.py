@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from moectl import __version__
-from moectl.balpoe.data import Data, load
+from moectl.balpoe.data import Data, load, sizes
 from moectl.balpoe.eval import epoch_scores, measure, predict, write_evaluation
 from moectl.balpoe.losses import balpoe_loss, log_prior, mix, mixed_accuracy
 from moectl.balpoe.model import BalpoeNet, load_public, multiply_adds
@@ -33,7 +33,7 @@ def train(settings: BalpoeSettings, run: Run[BalpoeSettings]) -> None:
     _warn(settings)
     with run.accelerator.main_process_first():  # one download for all
         data = load(settings.data, settings.train.seed)
-    model = build(settings, data).to(memory_format=torch.channels_last)
+    model = build(settings, len(data.class_counts)).to(memory_format=torch.channels_last)
     optimizer = build_optimizer(settings.optim, model.parameters())
     schedule = build_schedule(settings.schedule, settings.optim.lr, settings.train.epochs)
     loop = run.loop(model, data.train, optimizer, schedule, MONITOR)
@@ -62,7 +62,7 @@ def train(settings: BalpoeSettings, run: Run[BalpoeSettings]) -> None:
     _finish(settings, data, loop)
 
 
-def build(settings: BalpoeSettings, data: Data) -> nn.Module:
+def build(settings: BalpoeSettings, classes: int) -> nn.Module:
     """Return the network with initial weights that depend on the seed alone.
 
     Raises:
@@ -70,7 +70,7 @@ def build(settings: BalpoeSettings, data: Data) -> nn.Module:
     """
     seed_all(settings.train.seed, "init")
     try:
-        return BalpoeNet(classes=len(data.class_counts), **settings.model.model_dump())
+        return BalpoeNet(classes=classes, **settings.model.model_dump())
     except ValueError as error:
         raise UserError(f"[model] {error}") from None
 
@@ -154,10 +154,11 @@ def _warn(settings: BalpoeSettings) -> None:
 
 def import_weights(path: Path, settings: BalpoeSettings, run: Run[BalpoeSettings]) -> None:
     """Make a run of a public `.pth` of the original code, so that `eval` can use it."""
-    data = load(settings.data, settings.train.seed)
     found = artefact.load(path)
+    with run.accelerator.main_process_first():
+        data = load(settings.data, settings.train.seed)
     state = load_public(found.payload.get("state_dict", found.payload))
-    model = build(settings, data)
+    model = build(settings, len(data.class_counts))
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
@@ -181,29 +182,25 @@ def import_weights(path: Path, settings: BalpoeSettings, run: Run[BalpoeSettings
 
 def size(settings: BalpoeSettings) -> dict[str, Any]:
     """Return the size of the job without doing it: parameters, multiply-adds, updates, memory."""
-    offline = settings.data.model_copy(update={"download": False})
-    data = load(offline, settings.train.seed)
+    sets = sizes(settings.data, settings.train.seed)
     with torch.device("meta"):
-        model = build(settings, data)
-    parameters = sum(
-        parameter.numel() for parameter in model.parameters() if parameter.requires_grad
-    )
-    side = int(data.facts["image_size"])  # type: ignore[call-overload]
-    convolutions, head = multiply_adds(model, side)
-    batch, world = settings.train.batch_size, settings.train.accumulate
-    updates = -(-len(data.train) // batch)
+        model = build(settings, sets.classes)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    convolutions, head = multiply_adds(model, sets.side)
+    updates = -(-sets.train // settings.train.batch_size)
+    # Weights, gradient, momentum and a copy while saving; then what one chunk leaves behind.
+    chunk = settings.train.batch_size / settings.train.accumulate
+    memory = 16 * parameters + chunk * _activations(model, sets.side)
     return {
-        "training images": len(data.train),
-        "validation images": len(data.val),
-        "test images": len(data.test),
-        "classes": len(data.class_counts),
+        "training images": sets.train,
+        "validation images": sets.val,
+        "test images": sets.test,
+        "classes": sets.classes,
         "parameters": parameters,
         "multiply-adds per image": convolutions + head,
         "updates per epoch": updates,
         "updates": updates * settings.train.epochs,
-        "memory estimate (MiB)": round(
-            (16 * parameters + _activations(model, side) * batch / world) / 2**20
-        ),
+        "memory estimate (MiB)": round(memory / 2**20),
     }
 
 

@@ -200,29 +200,27 @@ class TrivialAugment:
 
 
 class RandAugment:
-    """Two operations of near full strength, each happening every second time, then normalised.
+    """Two operations of near full strength, each happening every second time.
 
     Strength is drawn from a normal distribution about 10 with deviation 0.5 and held in 0..10;
     10 shears by 0.3, shifts by 45 % of the side (100 of 224 pixels) and turns by 30 degrees.
 
     Args:
         mean: per channel, of values in 0..1; moves bring in this colour's grey level.
-        std: per channel.
 
     Source: Cubuk et al. 2020, with the noise and the ranges of long-tail work (Cui et al. 2021).
     """
 
-    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(self, mean: Sequence[float]) -> None:
         self.draws = 8
-        self.mean, self.std = tuple(mean), tuple(std)
+        self.fill = round(255 * sum(mean) / len(mean))
 
     def __call__(self, images: Tensor, uniforms: Tensor) -> Tensor:
-        """Map uint8 (b, 3, H, W) and uniforms (b, draws) to float32 (b, 3, H, W)."""
+        """Map uint8 (b, 3, H, W) and uniforms (b, draws) to uint8 (b, 3, H, W)."""
         all_ops, slope, offset = _random_tables(*images.shape[-2:], images.device)
-        fill = round(255 * sum(self.mean) / len(self.mean))
         for which, happens, strength, side in uniforms.view(-1, 2, 4).permute(1, 2, 0):
             ops = all_ops[pick(which, len(all_ops))] * (happens < 0.5)
             level = (10 + 0.5 * torch.special.ndtri(strength.double())).clamp(0, 10) / 10
             magnitudes = _signed(ops, slope[ops] * level + offset[ops], side, MOVES)
-            images = apply(images, ops, magnitudes, bilinear=True, fill=fill)
-        return normalise(images, self.mean, self.std)
+            images = apply(images, ops, magnitudes, bilinear=True, fill=self.fill)
+        return images

@@ -63,9 +63,9 @@ def confusion(predictions: Tensor, labels: Tensor, classes: int) -> Tensor:
 
 def per_class_accuracy(predictions: Tensor, labels: Tensor, classes: int) -> list[float | None]:
     """Share of each class's items predicted right; None for a class without items."""
-    table = confusion(predictions, labels, classes)
-    pairs = zip(table.diagonal().tolist(), table.sum(1).tolist(), strict=True)
-    return [hits / count if count else None for hits, count in pairs]
+    counts = torch.bincount(labels, minlength=classes).tolist()
+    hits = torch.bincount(labels[predictions == labels], minlength=classes).tolist()
+    return [hit / count if count else None for hit, count in zip(hits, counts, strict=True)]
 
 
 def balanced_accuracy(predictions: Tensor, labels: Tensor, classes: int) -> float:

@@ -33,6 +33,8 @@ RESUMABLE = (
     "data.workers",
     "data.root",
     "data.download",
+    "eval.bins",
+    "eval.shifts",
 )
 """Settings that may change when a run is resumed; the number of epochs may only grow."""
 
@@ -45,8 +47,6 @@ class Request:
     command: str
     settings: Settings
     origin: dict[str, str]
-    given: frozenset[str]
-    """Dotted keys set on the command line, in the environment or in presets."""
     name: str
     cpu: bool
     out: Path | None
@@ -93,7 +93,7 @@ def command(
             _warn(cls)
             request = _request(cls, room, function.__name__.strip("_"), given, common, train)
             if common["dry_run"]:
-                _show(request, size(request.settings) if size else {})
+                _show(request, _size(size, request.settings))
             else:
                 _prepare(request)
                 function(request, **values)
@@ -105,6 +105,14 @@ def command(
         return run_command
 
     return decorate
+
+
+def _size(size: Callable[[Any], dict[str, Any]] | None, settings: Settings) -> dict[str, Any]:
+    """Ask for the size of the job; without the data the settings are still worth showing."""
+    try:
+        return size(settings) if size else {}
+    except UserError as error:
+        return {"size unknown": error.message}
 
 
 def _warn(cls: type[Settings]) -> None:
@@ -137,15 +145,11 @@ def _request(
     settings, origin = resolve(cls, given, common["set"], [*stored, *files])
     if folder and train:
         _refuse_changes(cls, folder, settings)
-    changed = frozenset(
-        key for key, where in origin.items() if where not in ("default", "settings.toml")
-    )
     return Request(
         room=room,
         command=verb,
         settings=settings,
         origin=origin,
-        given=changed,
         name=name,
         cpu=common["cpu"],
         out=common.get("out"),
@@ -156,10 +160,10 @@ def _request(
 
 
 def _read(room: str, reference: str) -> Path:
-    from moectl.engine.references import find_run
+    from moectl.engine.references import find_run, split_reference
 
     path = Path(reference)
-    return path.parent if is_file(path) else find_run(reference.partition("@")[0], room)
+    return path.parent if is_file(path) else find_run(split_reference(reference)[0], room)
 
 
 def _resumed(room: str, name: str, resume: str) -> Path | None:
@@ -175,8 +179,9 @@ def _refuse_changes(cls: type[Settings], folder: Path, settings: Settings) -> No
     old, new = flatten(dump(from_toml(cls, folder / "settings.toml"))), flatten(dump(settings))
     changed = [key for key in new if new[key] != old.get(key)]
     refused = [key for key in changed if key not in RESUMABLE]
-    if "train.epochs" in changed and new["train.epochs"] < old["train.epochs"]:
-        refused.append("train.epochs")
+    cosine = new.get("schedule.name") == "cosine" and not new.get("schedule.t_max")
+    if "train.epochs" in changed and (cosine or new["train.epochs"] < old["train.epochs"]):
+        refused.append("train.epochs")  # a cosine over all epochs would be another one
     if refused:
         listed = ", ".join(
             f"{key} = {new[key]!r} (the run has {old.get(key)!r})" for key in refused

@@ -68,7 +68,12 @@ def error(message: str, hint: str = "", label: str = "error") -> None:
 
 
 def result(document: Any, shown: "Table | str") -> None:
-    """Print the result of a command: the document as JSON with `--json`, else the text or table."""
+    """Print the result of a command: the document as JSON with `--json`, else the text or table.
+
+    One of several processes prints, the first.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return
     if _state["json"]:
         sys.stdout.write(json.dumps(document, indent=2, allow_nan=False) + "\n")
     elif isinstance(shown, str):

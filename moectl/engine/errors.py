@@ -20,4 +20,13 @@ class RunFailed(Exception):  # noqa: N818 - a state of the run, like Interrupted
 
 
 class Interrupted(Exception):  # noqa: N818 - not an error: the run can be resumed
-    """Stopped early by a signal or a time limit, with everything saved. Exit code 75."""
+    """Stopped early by a signal or a time limit, with everything saved. Exit code 75.
+
+    Args:
+        message: why and where.
+        hint: how to go on.
+    """
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint

@@ -1,12 +1,15 @@
 """One writer per run folder."""
 
 import fcntl
+import logging
 import os
 import socket
 from datetime import UTC, datetime
 from pathlib import Path
 
 from moectl.engine.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 class Lock:
@@ -16,11 +19,13 @@ class Lock:
         self._file = (folder / "run.lock").open("a+", encoding="utf-8")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             self._file.seek(0)
             holder = self._file.read().strip()
             self._file.close()
             raise UserError(f"{folder}: another process is writing here ({holder})") from None
+        except OSError as error:  # some network file systems know no locks
+            log.warning("%s: cannot be locked against a second writer: %s", folder, error)
         self._file.truncate(0)
         now = datetime.now(UTC).isoformat(timespec="seconds")
         self._file.write(f"process {os.getpid()} on {socket.gethostname()} since {now}\n")

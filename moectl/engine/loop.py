@@ -258,7 +258,10 @@ class Loop:
         if stop:
             reason = self.run.stop.reason or "stopped by another process"
             note = "" if written else "; this update could not be saved, an earlier one was"
-            raise Interrupted(f"{reason} after update {self.update} of {self.total_updates}{note}")
+            raise Interrupted(
+                f"{reason} after update {self.update} of {self.total_updates}{note}",
+                f"--resume {self.run.folder} goes on from here",
+            )
 
     def _refuse(self) -> None:
         first = min(
@@ -322,11 +325,16 @@ class Loop:
         means = gather_objects(
             self.accelerator, {"epoch": self.epoch_means.state(), "window": self.window.state()}
         )
-        written = self._write(means) if self.run.is_main else True
+        failed = self.run.is_main and not self._write(means)
+        failed = any_process(self.accelerator, failed)[
+            0
+        ]  # all wait for rank 0 and learn how it went
+        self._failed_saves = self._failed_saves + 1 if failed else 0
+        if self._failed_saves == _SAVE_FAILURES:
+            raise RunFailed(f"{_SAVE_FAILURES} checkpoints in a row could not be written")
         self._saved_at = self.run.elapsed_seconds
-        self._saved_update = self.update if written else self._saved_update
-        self.accelerator.wait_for_everyone()
-        return written
+        self._saved_update = self._saved_update if failed else self.update
+        return not failed
 
     def _write(self, means: list[Any]) -> bool:
         root = self.run.folder / "checkpoints"
@@ -334,13 +342,8 @@ class Loop:
             facts = {"processes": len(means)}
             folder = checkpoint.save(root, self.update, self._pack(means), facts)
         except OSError as error:
-            self._failed_saves += 1
             log.warning("checkpoint at update %d could not be written: %s", self.update, error)
-            if self._failed_saves >= _SAVE_FAILURES:
-                message = f"{_SAVE_FAILURES} checkpoints in a row could not be written"
-                raise RunFailed(message) from error
             return False
-        self._failed_saves = 0
         best = self.best.get("update")
         self.run.note(checkpoint={"latest": folder.name, "best": best})
         checkpoint.prune(root, self.settings.keep, best)
@@ -371,6 +374,7 @@ class Loop:
             log.info("resumed at update %d of %d", self.update, self.total_updates)
         else:
             log.info("no checkpoint yet: starting from the beginning")
+        self.run.write_settings()
         if self.run.is_main:
             self.metrics.keep_until(checkpoint.update_of(folder))
 

@@ -1,5 +1,6 @@
 """Finding runs by a short name: a path, `latest`, `NAME` or `ROOM/NAME`, with `@best|@last|@N`."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,12 @@ def all_runs(room: str | None = None) -> list[tuple[Path, dict[str, Any]]]:
     return sorted(
         found, key=lambda run: (str(run[1].get("started", "")), run[0].name), reverse=True
     )
+
+
+def split_reference(reference: str) -> tuple[str, str]:
+    """Split off a final `@best`, `@last` or `@EPOCH`; an @ elsewhere belongs to the path."""
+    match = re.fullmatch(r"(.*)@(best|last|\d+)", reference)
+    return (match[1], match[2]) if match else (reference, "")
 
 
 def find_run(reference: str, room: str | None = None, status: str = "") -> Path:
@@ -52,7 +59,7 @@ def find_run(reference: str, room: str | None = None, status: str = "") -> Path:
             raise UserError(f"no {kind} of {room or 'any system'} under {runs_root()}")
         return matching[0]
     matching = [folder for folder, _ in runs if folder.name == reference]
-    matching = matching or [folder for folder, _ in runs if folder.name.startswith(reference)]
+    matching = matching or [folder for folder, record in runs if _begins(folder, record, reference)]
     if len(matching) == 1:
         return matching[0]
     if matching:
@@ -65,6 +72,14 @@ def find_run(reference: str, room: str | None = None, status: str = "") -> Path:
     )
 
 
+def _begins(folder: Path, record: dict[str, Any], reference: str) -> bool:
+    """Whether a run's name begins so, at a word's end: cifar100_ir10 is not cifar100_ir100."""
+    if not folder.name.startswith(reference):
+        return False
+    whole_word = not folder.name[len(reference) : len(reference) + 1].isalnum()
+    return whole_word or reference.startswith(str(record.get("name", folder.name)))
+
+
 def find_weights(reference: str, room: str | None = None, default: str = "last") -> Path:
     """Return the weights file that a reference names: a path, or a run with `@…`.
 
@@ -73,7 +88,7 @@ def find_weights(reference: str, room: str | None = None, default: str = "last")
     """
     if is_file(Path(reference)):
         return Path(reference)
-    name, _, wanted = reference.partition("@")
+    name, wanted = split_reference(reference)
     folder = find_run(name, room)
     wanted = wanted or default
     entries = read_record(folder).get("weights", [])

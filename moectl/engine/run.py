@@ -2,6 +2,7 @@
 
 import logging
 import os
+import secrets
 import shlex
 import sys
 import time
@@ -105,6 +106,11 @@ class Run(Generic[S]):
         self.record["updated"] = _now()
         if self.is_main:
             write_json(self.folder / "run.json", self.record)
+
+    def write_settings(self) -> None:
+        """Write settings.toml, once it is sure that they are the run's."""
+        if self.is_main:
+            write_text(self.folder / "settings.toml", to_toml(self.settings))
 
     def loop(
         self,
@@ -220,6 +226,7 @@ def create(  # noqa: PLR0913 - what a run is
     record = {
         "format": 1,
         "run": f"{room}/{folder.name}",
+        "id": f"{name}-{secrets.token_hex(4)}",
         "room": room,
         "command": command,
         "name": name,
@@ -233,11 +240,11 @@ def create(  # noqa: PLR0913 - what a run is
         "parents": [],
         "weights": [],
     }
-    if accelerator.is_main_process:
-        write_text(folder / "settings.toml", to_toml(settings))
-        write_json(folder / "run.json", record)
+    run = Run(folder, settings, accelerator, record)
+    run.write_settings()
+    run.note()
     accelerator.wait_for_everyone()
-    return Run(folder, settings, accelerator, record)
+    return run
 
 
 def reopen(folder: Path, settings: S, accelerator: "Accelerator", *, auto: bool) -> Run[S]:
@@ -250,18 +257,17 @@ def reopen(folder: Path, settings: S, accelerator: "Accelerator", *, auto: bool)
         auto: skip a corrupt newest checkpoint instead of refusing.
     """
     record = read_record(folder)
-    record["resumed"] = [*record.get("resumed", []), _now()]
-    threads = environment(accelerator)["threads"]
-    if threads != record.get("threads"):
-        log.warning(
-            "%d CPU threads instead of %s: the result may differ in the last digits",
-            threads,
-            record.get("threads"),
-        )
-    run = Run(folder, settings, accelerator, record, "auto" if auto else "named")
-    if run.is_main:
-        write_text(folder / "settings.toml", to_toml(settings))
-    return run
+    here = environment(accelerator)
+    record["resumed"] = [*record.get("resumed", []), {"at": _now(), **here}]
+    for name in ("device", "threads", "versions"):
+        if here[name] != record.get(name):
+            log.warning(
+                "%s: %s instead of %s; the result may differ in the last digits",
+                name,
+                here[name],
+                record.get(name),
+            )
+    return Run(folder, settings, accelerator, record, "auto" if auto else "named")
 
 
 def _new_folder(room: str, name: str, out: Path | None) -> Path:

@@ -18,19 +18,15 @@ class OptimSection(Section):
     weight_decay: Annotated[float, Flag("--weight-decay", "--wd"), Field(ge=0)] = 0.0
     """Weight decay on all parameters; 0 turns it off."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Momentum of sgd; 0 turns it off."""
+    """Momentum of sgd, ignored by the others; 0 turns it off."""
     nesterov: bool = False
     """Nesterov's form of the momentum of sgd."""
     clip_norm: Annotated[float, Field(ge=0)] = 0.0
     """Largest norm of the gradient; 0 turns clipping off."""
 
     @model_validator(mode="after")
-    def _momentum_is_for_sgd(self) -> "OptimSection":
-        if self.name != "sgd" and (self.momentum or self.nesterov):
-            raise ValueError(
-                f"optim.momentum and optim.nesterov belong to sgd, not to optim.name = {self.name}"
-            )
-        if self.nesterov and not self.momentum:
+    def _nesterov_needs_momentum(self) -> "OptimSection":
+        if self.name == "sgd" and self.nesterov and not self.momentum:
             raise ValueError("optim.nesterov needs optim.momentum above 0")
         return self
 

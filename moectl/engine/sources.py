@@ -211,6 +211,7 @@ class FolderSource:
         augment: loads and randomly transforms the image at a path, in training.
         plain: loads and transforms it in evaluation.
         workers: loader processes; 0 reads in the main process.
+        finish: the last transform, of a whole batch on the device, so that workers may send bytes.
     """
 
     def __init__(
@@ -219,8 +220,10 @@ class FolderSource:
         augment: Callable[[str], Tensor],
         plain: Callable[[str], Tensor],
         workers: int,
+        finish: Callable[[Tensor], Tensor] = lambda images: images,
     ) -> None:
-        self.items, self.augment, self.plain, self.workers = items, augment, plain, workers
+        self.items, self.augment, self.plain = items, augment, plain
+        self.workers, self.finish = workers, finish
 
     def __len__(self) -> int:
         return len(self.items)
@@ -263,6 +266,8 @@ class FolderSource:
             pin_memory=device.type == "cuda",
             collate_fn=_collate,
             worker_init_fn=_calm_worker,
+            # Workers never touch a GPU, and what they read with need not be picklable.
+            multiprocessing_context="fork" if self.workers else None,
             # Building the loader must not touch the global generator.
             generator=torch.Generator().manual_seed(0),
         )
@@ -270,4 +275,5 @@ class FolderSource:
             if isinstance(batch, UserError):
                 raise batch
             images, labels = batch
-            yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+            images = self.finish(images.to(device, non_blocking=True))
+            yield images, labels.to(device, non_blocking=True)

@@ -143,7 +143,6 @@ class Trackers:
             return
         from accelerate.tracking import TensorBoardTracker, WandBTracker
 
-        name = run.folder.name
         if run.settings.train.tensorboard:
             self.running.append(
                 TensorBoardTracker("tensorboard", run.folder, purge_step=update + 1)
@@ -152,7 +151,12 @@ class Trackers:
             if importlib.util.find_spec("wandb") is None:
                 raise UserError("wandb is not installed", "pip install 'moectl[wandb]'")
             project = f"moectl-{run.record['room']}"
-            options = {"dir": str(run.folder), "name": name, "id": name, "resume": "allow"}
+            options = {
+                "dir": str(run.folder),
+                "name": run.folder.name,
+                "id": run.record["id"],
+                "resume": "allow",
+            }
             self.running.append(WandBTracker(project, **options))
         for tracker in self.running:
             tracker.start()

@@ -38,6 +38,21 @@ def test_a_dry_run_says_where_values_come_from_and_writes_nothing(isolated, caps
     assert list(isolated.iterdir()) == []
 
 
+def test_a_dry_run_knows_cifar_without_its_files(capsys):
+    assert _run(["balpoe", "train", "-p", "cifar100_ir100", "-n", "--json"]) == 0
+    size = json.loads(capsys.readouterr().out)["size"]
+    sets = [size[f"{name} images"] for name in ("training", "validation", "test")]
+    assert sets == [10_847, 2_000, 8_000]
+    assert (size["parameters"], size["updates"]) == (1_362_064, 17_000)
+
+
+def test_a_dry_run_without_data_shows_the_settings_all_the_same(capsys):
+    assert _run(["balpoe", "train", "-p", "imagenet_lt_r50", "-n", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["settings"]["model.arch"]["value"] == "resnet50"
+    assert "data" in document["size"]["size unknown"]
+
+
 def test_missing_data_is_one_sentence_with_the_place(isolated, capsys):
     code = _run(["balpoe", "train", "--no-download", "--data-dir", "nowhere", "--quiet"])
     assert code == 2

@@ -100,6 +100,12 @@ def test_no_shifts_asked_for_gives_none():
     assert shifted_table(logits, labels, log_prior(COUNTS), ()) == []
 
 
+def test_a_test_set_without_a_class_cannot_be_shifted():
+    logits, labels = random_case()
+    kept = labels != 1
+    assert shifted_table(logits[kept], labels[kept], log_prior(COUNTS), (10.0,)) == []
+
+
 @pytest.mark.parametrize(
     ("reference", "tag"),
     [("latest", "last"), ("run@last", "last"), ("run@best", "best"), ("run@50", "epoch50")],

@@ -18,7 +18,7 @@ SHAPE = [
     "--tau-list", "0;2", "--set", "train.precision=no",
 ]  # fmt: skip
 SMALL = [
-    *SHAPE, "--epochs", "3", "--save-period", "2", "--bs", "64", "--warmup", "0", "--quiet",
+    *SHAPE, "--save-period", "2", "--bs", "64", "--warmup", "0", "--quiet",
     "--set", "train.tensorboard=false",
 ]  # fmt: skip
 
@@ -29,7 +29,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
-        assert _run(["balpoe", "train", *SMALL, "--out", str(folder)]) == 0
+        assert _run(["balpoe", "train", *SMALL, "--epochs", "3", "--out", str(folder)]) == 0
     return folder
 
 
@@ -92,6 +92,28 @@ def test_evaluating_again_gives_what_training_found(trained, capsys):
     assert (trained / "evals" / "test@last.json").exists()
 
 
+def test_weights_are_not_read_by_another_prior(trained, monkeypatch, capsys):
+    before = (trained / "evals" / "test@last.json").read_bytes()
+    for name, value in (("LOSS__TAU_LIST", "2;0"), ("DATA__IMBALANCE_RATIO", "2")):
+        with monkeypatch.context() as patch:
+            patch.setenv(f"MOECTL_BALPOE__{name}", value)
+            assert _run(["balpoe", "eval", "--run", str(trained)]) == 2
+        assert "the weights were trained with" in capsys.readouterr().err
+    assert (trained / "evals" / "test@last.json").read_bytes() == before
+
+
+def test_an_import_does_not_go_on_with_a_run(trained, capsys):
+    weights = str(trained / "model_best.pth")
+    assert _run(["balpoe", "import", weights, "--resume", str(trained)]) == 2
+    assert "makes a new run" in capsys.readouterr().err
+
+
+def test_training_tells_scripts_where_the_run_is(tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert _run(["balpoe", "train", *SMALL, "--epochs", "1", "--out", str(folder), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["folder"] == str(folder)
+
+
 def test_weights_are_evaluated_by_epoch_and_unknown_ones_refused(trained):
     assert _run(["balpoe", "eval", "--run", f"{trained}@2", "--quiet"]) == 0
     assert (trained / "evals" / "test@epoch2.json").exists()
@@ -122,12 +144,11 @@ def test_a_checkpoint_of_another_shape_is_refused_by_name(trained, tmp_path, cap
 
 
 def test_initial_weights_depend_on_the_seed_alone():
-    data = load(settings_of().data, 1)
     torch.manual_seed(99)
-    first = build(settings_of("train.seed=5"), data).state_dict()
+    first = build(settings_of("train.seed=5"), 10).state_dict()
     torch.rand(3)
-    again = build(settings_of("train.seed=5"), data).state_dict()
-    other = build(settings_of("train.seed=6"), data).state_dict()
+    again = build(settings_of("train.seed=5"), 10).state_dict()
+    other = build(settings_of("train.seed=6"), 10).state_dict()
     name = "backbone.conv1.weight"
     assert torch.equal(first[name], again[name])
     assert not torch.equal(first[name], other[name])
@@ -145,7 +166,7 @@ def test_the_facts_rebuild_the_model():
 def test_options_of_the_model_that_do_not_fit_are_the_users_to_mend():
     settings = settings_of("model.arch=resnet50", "model.shortcut=B")
     with pytest.raises(UserError, match="shortcut"):
-        build(settings, load(settings.data, 1))
+        build(settings, 10)
 
 
 def test_the_size_of_the_job_is_that_of_the_published_model():
@@ -159,7 +180,22 @@ def test_the_size_of_the_job_is_that_of_the_published_model():
 
 def test_mixing_ends_where_fine_tuning_starts(tmp_path):
     folder = tmp_path / "run"
-    assert _run(["balpoe", "train", *SMALL, "--finetuning-start", "1", "--out", str(folder)]) == 0
+    assert (
+        _run(
+            [
+                "balpoe",
+                "train",
+                *SMALL,
+                "--epochs",
+                "3",
+                "--finetuning-start",
+                "1",
+                "--out",
+                str(folder),
+            ]
+        )
+        == 0
+    )
     with (folder / "metrics.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["train/mixing_weight"]]
     assert float(rows[0]["train/mixing_weight"]) < 1

@@ -167,7 +167,7 @@ def test_random_augment_applies_about_half_of_its_two_operations(monkeypatch):
     monkeypatch.setattr(autoaugment, "apply", record)
     count = 30000
     mean = (0.485, 0.456, 0.406)
-    RandAugment(mean, STD)(torch.zeros(count, 3, 4, 224, dtype=torch.uint8), uniforms(count, 8))
+    RandAugment(mean)(torch.zeros(count, 3, 4, 224, dtype=torch.uint8), uniforms(count, 8))
     assert len(seen) == 2
     for ops, sizes in seen:
         shares = torch.bincount(ops, minlength=len(Op)) / count
@@ -185,8 +185,8 @@ def test_random_augment_applies_about_half_of_its_two_operations(monkeypatch):
 def test_random_augment_survives_the_extreme_draws():
     images = smooth(4, side=8)
     for value in (0.0, 1 - 2.0**-24):
-        result = RandAugment(MEAN, STD)(images, torch.full((4, 8), value))
-        assert result.isfinite().all()
+        result = RandAugment(MEAN)(images, torch.full((4, 8), value))
+        assert (result.dtype, result.shape) == (torch.uint8, images.shape)
 
 
 @pytest.mark.parametrize("policy", [AutoAugment, TrivialAugment])

@@ -105,3 +105,13 @@ def test_epoch_line_leaves_out_single_experts() -> None:
     assert "1.23" in line
     assert "accuracy 0.5" in line
     assert "expert" not in line
+
+
+def test_only_the_first_process_prints_results(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    console.result({}, "text")
+    monkeypatch.setenv("RANK", "0")
+    console.result({}, "once")
+    assert capsys.readouterr().out == "once\n"

@@ -1,5 +1,7 @@
 """One writer per folder."""
 
+import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -22,6 +24,17 @@ def test_the_second_writer_is_refused_and_told_who_is_first(tmp_path: Path) -> N
         Lock(tmp_path)  # a refusal does not wipe the name
     first.release()
     Lock(tmp_path).release()
+
+
+def test_a_file_system_without_locks_is_only_warned_about(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def unsupported(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    Lock(tmp_path).release()
+    assert "cannot be locked" in caplog.text
 
 
 def test_the_lock_of_a_killed_process_is_free(tmp_path: Path, root: Path) -> None:

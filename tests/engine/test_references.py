@@ -7,7 +7,13 @@ from typing import Any
 import pytest
 
 from moectl.engine.errors import UserError
-from moectl.engine.references import all_runs, find_run, find_weights, newest_unfinished
+from moectl.engine.references import (
+    all_runs,
+    find_run,
+    find_weights,
+    newest_unfinished,
+    split_reference,
+)
 
 
 def made(place: str, started: str = "", **record: Any) -> Path:
@@ -35,12 +41,34 @@ def test_runs_are_listed_newest_first_and_broken_ones_left_out(runs: dict[str, P
     assert all_runs("none") == []
 
 
+def test_a_reference_ends_where_a_word_ends(isolated: Path) -> None:
+    made("a/set_ir100-2026")
+    assert find_run("set", "a") == find_run("set_ir100", "a")
+    for cut in ("set_ir10", "se"):
+        with pytest.raises(UserError, match="no such run"):
+            find_run(cut, "a")
+
+
+@pytest.mark.parametrize(
+    ("reference", "parts"),
+    [
+        ("run@best", ("run", "best")),
+        ("run@50", ("run", "50")),
+        ("run", ("run", "")),
+        ("w@2/run", ("w@2/run", "")),
+        ("w@2/run@last", ("w@2/run", "last")),
+    ],
+)
+def test_only_a_final_word_after_at_names_weights(reference: str, parts: tuple[str, str]) -> None:
+    assert split_reference(reference) == parts
+
+
 @pytest.mark.parametrize(
     ("reference", "room", "found"),
     [
         ("x-1", "a", "a/x-1"),
         ("x-2", "a", "a/x-2"),  # whole names win over beginnings
-        ("lo", "a", "a/long-3"),
+        ("long-", "a", "a/long-3"),
         ("b/x-4", "a", "b/x-4"),
         ("b/x", None, "b/x-4"),
         ("latest", "a", "a/x-20"),

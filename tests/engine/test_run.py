@@ -150,7 +150,17 @@ def test_reopening_counts_time_and_sittings(toy: ModuleType) -> None:
     record = engine.read_record(run.folder)
     assert len(record["resumed"]) == 1
     assert record["wall_seconds"] >= 1000
-    assert "epochs = 9" in (run.folder / "settings.toml").read_text()
+    assert "epochs = 4" in (run.folder / "settings.toml").read_text(), "nothing was trained yet"
+
+
+def test_settings_are_written_once_the_checkpoint_fits(toy: ModuleType) -> None:
+    with opened(toy) as run:
+        toy.train(run)
+    more = toy.settings(train__epochs=5)
+    with toy.open_run(run.folder, more, resume="named") as again:
+        assert "epochs = 4" in (run.folder / "settings.toml").read_text()
+        toy.train(again)
+    assert "epochs = 5" in (run.folder / "settings.toml").read_text()
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "null", "\xff"])
