@@ -7,6 +7,7 @@ from moectl.balpoe import cli
 from moectl.balpoe.model import BalpoeNet
 from moectl.balpoe.settings import BalpoeSettings
 from moectl.engine.errors import UserError
+from moectl.engine.optim import build_schedule
 from moectl.engine.options import flag_of
 from moectl.engine.settings import fields, resolve
 
@@ -85,3 +86,13 @@ def test_the_root_may_come_from_the_environment(monkeypatch):
     settings, origin = resolve(BalpoeSettings, {}, [], [])
     assert settings.data.root == Path("/sets")
     assert origin["data.root"] == "MOECTL_BALPOE__DATA__ROOT"
+
+
+def test_the_learning_rate_follows_the_published_table():
+    settings = BalpoeSettings()
+    factor = build_schedule(settings.schedule, settings.optim.lr, settings.train.epochs)
+    rates = {epoch: settings.optim.lr * factor(epoch - 1 + 0.99) for epoch in range(1, 201)}
+    start = [rates[epoch] for epoch in range(1, 8)]
+    assert start == pytest.approx([0.02, 0.04, 0.06, 0.08, 0.1, 0.1, 0.1])
+    table = {160: 0.1, 161: 0.01, 180: 0.01, 181: 0.001, 200: 0.001}
+    assert {epoch: rates[epoch] for epoch in table} == pytest.approx(table)

@@ -200,3 +200,15 @@ def test_mixing_ends_where_fine_tuning_starts(tmp_path):
         rows = [row for row in csv.DictReader(file) if row["train/mixing_weight"]]
     assert float(rows[0]["train/mixing_weight"]) < 1
     assert [float(row["train/mixing_weight"]) for row in rows[1:]] == [1.0, 1.0]
+
+
+def test_early_stopping_leaves_the_last_weights_and_a_finished_run(tmp_path):
+    folder = tmp_path / "run"
+    # Without a step forward no epoch is better than the first.
+    words = [*SMALL, "--epochs", "9", "--patience", "2", "--lr", "1e-9", "--out", str(folder)]
+    assert _run(["balpoe", "train", *words]) == 0
+    record = json.loads((folder / "run.json").read_text())
+    stopped = record["scores"]["last"]["epoch"]
+    assert record["status"] == "finished"
+    assert record["scores"]["best"]["epoch"] == stopped - 2 < 9
+    assert (folder / f"checkpoint-epoch{stopped}.pth").exists()
