@@ -41,6 +41,7 @@ def train(settings: BalpoeSettings, run: Run[BalpoeSettings]) -> None:
     taus = torch.tensor(settings.taus, device=run.device)
     if run.is_main:
         _write_facts(settings, data, run.folder)
+        _announce(run, data, model)
     size = settings.eval.batch_size
     loop.rehearse(lambda: predict(loop.evaluating(), data.val, run.accelerator, size, 1))
 
@@ -60,6 +61,21 @@ def train(settings: BalpoeSettings, run: Run[BalpoeSettings]) -> None:
             _save(loop, data, step.epoch + 1, best=best)
 
     _finish(settings, data, loop)
+
+
+def _announce(run: Run[BalpoeSettings], data: Data, model: nn.Module) -> None:
+    record, batch = run.record, run.settings.train.batch_size
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    log.info("%s: %d images, %d classes", run.folder, len(data.train), len(data.class_counts))
+    log.info(
+        "%s weights on %s, precision %s; %d process(es) of %d thread(s), batch %d in all",
+        f"{weights:,}",
+        run.device.type,
+        run.accelerator.mixed_precision,
+        record["processes"],
+        record["threads"],
+        batch,
+    )
 
 
 def build(settings: BalpoeSettings, classes: int) -> nn.Module:

@@ -184,7 +184,7 @@ class Loop:
                     micro = 0 if chunk.ends_update else micro + 1
                     if chunk.ends_update:
                         self._after_update(step, trackers)
-                        bar.update(self.update, f"epoch {self.epoch + 1}/{self.settings.epochs}")
+                        bar.update(self.update, f"epoch {step.epoch + 1}/{self.settings.epochs}")
                     if self.finished:
                         break
         finally:
