@@ -1,6 +1,5 @@
 """Typer options: one for every flagged field, and those that all commands share."""
 
-import functools
 import inspect
 from collections.abc import Callable
 from pathlib import Path
@@ -94,89 +93,57 @@ COMMON = (
 
 
 def common_options(room: str, train: bool) -> list[inspect.Parameter]:
-    """Return the options that every command of a system has."""
-    option = functools.partial(typer.Option, rich_help_panel="Run")
-    rows: list[tuple[str, Any, Any, Any]] = [
-        (
-            "preset",
-            list[str],
-            [],
-            option(
-                "--preset",
-                "-p",
-                help="Preset name or TOML file; later ones win.",
-                autocompletion=_complete_presets(room),
-            ),
-        ),
-        (
-            "set",
-            list[str],
-            [],
-            option("--set", metavar="KEY=VALUE", help="Any setting, for instance optim.lr=0.05."),
-        ),
-    ]
-    if train:
-        rows += [
-            (
-                "name",
-                str | None,
-                None,
-                option("--name", help="Name of the run folder.", show_default="the presets"),
-            ),
-            (
-                "out",
-                Path | None,
-                None,
-                option(
-                    "--out", help="The run folder itself; must be empty.", show_default="runs/…"
-                ),
-            ),
-            (
-                "resume",
-                str | None,
-                None,
-                option(
-                    "--resume",
-                    "-r",
-                    metavar="REF|auto",
-                    help="Go on with a run; auto: the newest unfinished of this name, or a new.",
-                    autocompletion=_complete_runs(room),
-                ),
-            ),
-        ]
-    else:
-        rows.append(
-            (
-                "run",
-                str,
-                "latest",
-                option(
-                    "--run",
-                    metavar="REF",
-                    help="The run to read: path, name, latest, each with @best, @last or @EPOCH.",
-                    autocompletion=_complete_runs(room),
-                ),
-            )
-        )
-    rows += [
-        (
-            "dry_run",
-            bool,
-            False,
-            option(
-                "--dry-run",
-                "-n",
-                help="Show every setting with its origin and the size of the job; do nothing.",
-            ),
-        ),
-        ("cpu", bool, False, option("--cpu", help="Stay on the CPU.")),
-        ("quiet", bool, False, option("--quiet", "-q", help="Only warnings and errors on stderr.")),
-        ("json", bool, False, option("--json", help="The result as one JSON document on stdout.")),
-        ("debug", bool, False, option("--debug", help="Full traceback on errors.")),
-    ]
+    """Return the options that every command of a system has, and those of its kind."""
+    known, runs_of = _complete_presets(room), _complete_runs(room)
+    kind = _training_options(runs_of) if train else [_run_option(runs_of)]
+    every = "Every setting with its origin and the size of the job; nothing is done."
     return [
-        inspect.Parameter(
-            name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info]
-        )
-        for name, kind, default, info in rows
+        _option(
+            list[str], [], "--preset", "-p", "Preset or TOML file; later ones win.", presets_of
+        ),
+        _option(list[str], [], "--set", help="Any setting, as optim.lr=0.05."),
+        *kind,
+        _option(bool, False, "--dry-run", "-n", every),
+        _option(bool, False, "--cpu", help="Stay on the CPU."),
+        _option(bool, False, "--quiet", "-q", "Only warnings and errors on stderr."),
+        _option(bool, False, "--json", help="The result as one JSON document on stdout."),
+        _option(bool, False, "--debug", help="Full traceback on errors."),
     ]
+
+
+def _training_options(runs_of: Callable[[str], list[str]]) -> list[inspect.Parameter]:
+    go_on = "Go on with a run; auto: the newest unfinished of this name, or a new one."
+    return [
+        _option(str | None, None, "--name", help="Name of the run folder; else the presets."),
+        _option(Path | None, None, "--out", help="The run folder itself; must be empty."),
+        _option(str | None, None, "--resume", "-r", go_on, runs_of, "REF|auto"),
+    ]
+
+
+def _run_option(runs_of: Callable[[str], list[str]]) -> inspect.Parameter:
+    which = "The run to read: path, name or latest, with @best, @last or @EPOCH."
+    return _option(str, "latest", "--run", "", which, runs_of, "REF")
+
+
+def _option(  # noqa: PLR0913 - the columns of a table
+    kind: Any,
+    default: Any,
+    flag: str,
+    short: str = "",
+    help: str = "",
+    complete: Callable[[str], list[str]] | None = None,
+    metavar: str | None = None,
+) -> inspect.Parameter:
+    option = typer.Option(
+        *([flag, short] if short else [flag]),
+        help=help,
+        metavar=metavar,
+        autocompletion=complete,
+        rich_help_panel="Run",
+    )
+    return inspect.Parameter(
+        flag.removeprefix("--").replace("-", "_"),
+        inspect.Parameter.KEYWORD_ONLY,
+        default=default,
+        annotation=Annotated[kind, option],
+    )

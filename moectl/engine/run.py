@@ -180,20 +180,10 @@ class Run(Generic[S]):
             elif isinstance(error, Interrupted | KeyboardInterrupt):
                 self.note(status="interrupted", reason=str(error) or "second Ctrl-C")
             else:
-                self._log.emit(
-                    log.makeRecord(
-                        log.name,
-                        logging.ERROR,
-                        "",
-                        0,
-                        "".join(traceback.format_exception(error)),
-                        (),
-                        None,
-                    )
-                )
-                self.note(
-                    status="failed", reason=f"{type(error).__name__}: {error}".splitlines()[0]
-                )
+                with (self.folder / "log.txt").open("a", encoding="utf-8") as file:
+                    file.writelines(traceback.format_exception(error))
+                reason = f"{type(error).__name__}: {error}".splitlines()[0]
+                self.note(status="failed", reason=reason)
         except OSError as problem:
             log.warning("run.json could not be updated: %s", problem)
         finally:
