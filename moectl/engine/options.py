@@ -98,9 +98,7 @@ def common_options(room: str, train: bool) -> list[inspect.Parameter]:
     kind = _training_options(runs_of) if train else [_run_option(runs_of)]
     every = "Every setting with its origin and the size of the job; nothing is done."
     return [
-        _option(
-            list[str], [], "--preset", "-p", "Preset or TOML file; later ones win.", presets_of
-        ),
+        _option(list[str], [], "--preset", "-p", "Preset or TOML file; later ones win.", known),
         _option(list[str], [], "--set", help="Any setting, as optim.lr=0.05."),
         *kind,
         _option(bool, False, "--dry-run", "-n", every),
