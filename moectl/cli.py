@@ -4,7 +4,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -73,8 +73,9 @@ class _Contents(TyperGroup):
         self.format_help_text(ctx, formatter)
         with formatter.section("Commands"):
             formatter.write_dl(list(self._lines().items()))
+        records = (parameter.get_help_record(ctx) for parameter in self.get_params(ctx))
         with formatter.section("Options"):
-            formatter.write_dl([("--help", "Show this message and exit.")])
+            formatter.write_dl([record for record in records if record])
 
 
 class _Room(_Contents):
@@ -112,8 +113,20 @@ app = typer.Typer(
 )
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        from moectl import __version__
+
+        sys.stdout.write(f"moectl {__version__}\n")
+        raise typer.Exit
+
+
 @app.callback()
-def _root() -> None:
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
     """Train, resume, measure and compare mixture-of-experts systems."""
 
 

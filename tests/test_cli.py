@@ -367,3 +367,15 @@ def _wait(condition: Callable[[], object], seconds: float = 60) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def test_the_version_is_printed_alone(moectl: Callable[..., Outcome]) -> None:
+    from moectl import __version__
+
+    assert moectl("--version") == (0, f"moectl {__version__}\n", "")
+
+
+def test_root_help_lists_the_options_there_are(moectl: Callable[..., Outcome]) -> None:
+    _, out, _ = moectl("--help")
+    for option in ("--version", "--install-completion", "--help"):
+        assert option in out
