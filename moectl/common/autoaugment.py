@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moectl.common.image_ops import ENHANCE, MOVES, TWO_WAY, Op, among, apply
-from moectl.common.images import crop, cut_out, normalise, pick, random_frame
+from moectl.common.images import Framed, pick
 
 # Operation, its probability, its level 0..9; two in a row. Source: Cubuk et al. 2019, CIFAR-10.
 CIFAR10_POLICY = """
@@ -120,36 +120,17 @@ def _random_tables(height: int, width: int, device: torch.device) -> tuple[Tenso
     return torch.tensor(RANDOM_OPS, device=device), slope.to(device), offset.to(device)
 
 
-class AutoAugment:
+class AutoAugment(Framed):
     """Shifted crop and mirror, one of 25 learned pairs of operations, then normalised.
-
-    Args:
-        mean: per channel, of values in 0..1.
-        std: per channel.
-        padding: largest shift in pixels.
-        flip: mirror every second image.
-        cutout: side of a zeroed square in pixels; 0 for none.
 
     Source: Cubuk et al. 2019, the policy found on CIFAR-10.
     """
 
-    def __init__(
-        self,
-        mean: Sequence[float],
-        std: Sequence[float],
-        *,
-        padding: int = 4,
-        flip: bool = True,
-        cutout: int = 0,
-    ) -> None:
-        self.draws = 10
-        self.mean, self.std = tuple(mean), tuple(std)
-        self.padding, self.flip, self.cutout = padding, flip, cutout
+    draws = 10
 
     def __call__(self, images: Tensor, uniforms: Tensor) -> Tensor:
         """Map uint8 (b, 3, H, W) and uniforms (b, draws) to float32 (b, 3, H, W)."""
-        corners, mirrored = random_frame(uniforms[:, :3], self.padding, self.flip)
-        images = crop(images, corners, mirrored, self.padding)
+        images = self.framed(images, uniforms[:, :3])
         all_ops, chances, meanings = _auto_tables(*images.shape[-2:], images.device)
         policy = pick(uniforms[:, 3], len(all_ops))
         for turn in range(2):
@@ -157,46 +138,27 @@ class AutoAugment:
             ops = all_ops[policy, turn] * happens
             magnitudes = _signed(ops, meanings[policy, turn], uniforms[:, 6 + turn], TWO_WAY)
             images = apply(images, ops, magnitudes, fill=128)
-        return cut_out(normalise(images, self.mean, self.std), uniforms[:, 8:], self.cutout)
+        return self.finished(images, uniforms[:, 8:])
 
 
-class TrivialAugment:
+class TrivialAugment(Framed):
     """Shifted crop and mirror, one operation of random strength, then normalised.
-
-    Args:
-        mean: per channel, of values in 0..1.
-        std: per channel.
-        padding: largest shift in pixels.
-        flip: mirror every second image.
-        cutout: side of a zeroed square in pixels; 0 for none.
 
     Source: Müller and Hutter 2021, the wide space.
     """
 
-    def __init__(
-        self,
-        mean: Sequence[float],
-        std: Sequence[float],
-        *,
-        padding: int = 4,
-        flip: bool = True,
-        cutout: int = 0,
-    ) -> None:
-        self.draws = 8
-        self.mean, self.std = tuple(mean), tuple(std)
-        self.padding, self.flip, self.cutout = padding, flip, cutout
+    draws = 8
 
     def __call__(self, images: Tensor, uniforms: Tensor) -> Tensor:
         """Map uint8 (b, 3, H, W) and uniforms (b, draws) to float32 (b, 3, H, W)."""
-        corners, mirrored = random_frame(uniforms[:, :3], self.padding, self.flip)
-        images = crop(images, corners, mirrored, self.padding)
+        images = self.framed(images, uniforms[:, :3])
         all_ops, meanings = _trivial_tables(images.device)
         ops = all_ops[pick(uniforms[:, 3], len(all_ops))]
         magnitudes = meanings[ops, pick(uniforms[:, 4], meanings.shape[1])]
         images = apply(
             images, ops, _signed(ops, magnitudes, uniforms[:, 5], TWO_WAY), bilinear=True
         )
-        return cut_out(normalise(images, self.mean, self.std), uniforms[:, 6:], self.cutout)
+        return self.finished(images, uniforms[:, 6:])
 
 
 class RandAugment:

@@ -6,6 +6,7 @@ Legend: b images, C channels, H W pixels.
 import math
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -145,18 +146,14 @@ class Plain:
         return normalise(images, self.mean, self.std)
 
 
-class Standard:
-    """Shifted crop, mirror and small turn, then normalised: the usual recipe for small images.
-
-    The same distribution, and for the same draws the same pixels, as torchvision's RandomCrop with
-    padding, RandomHorizontalFlip and RandomRotation on Pillow images.
+class Framed:
+    """What random transforms of small images share: a shifted, mirrored frame and its finish.
 
     Args:
         mean: per channel, of values in 0..1.
         std: per channel.
         padding: largest shift in pixels.
         flip: mirror every second image; not for digits.
-        degrees: largest angle either way; 0 turns nothing.
         cutout: side of a zeroed square in pixels; 0 for none.
     """
 
@@ -167,16 +164,44 @@ class Standard:
         *,
         padding: int = 4,
         flip: bool = True,
-        degrees: float = 15.0,
         cutout: int = 0,
     ) -> None:
-        self.draws = 6
         self.mean, self.std = tuple(mean), tuple(std)
-        self.padding, self.flip, self.degrees, self.cutout = padding, flip, degrees, cutout
+        self.padding, self.flip, self.cutout = padding, flip, cutout
+
+    def framed(self, images: Tensor, uniforms: Tensor, degrees: Tensor | None = None) -> Tensor:
+        """Shift, mirror and perhaps turn uint8 images, drawing from uniforms (b, 3)."""
+        corners, mirrored = random_frame(uniforms, self.padding, self.flip)
+        return crop(images, corners, mirrored, self.padding, degrees)
+
+    def finished(self, images: Tensor, uniforms: Tensor) -> Tensor:
+        """Normalise uint8 images, then cut a square out where uniforms (b, 2) say."""
+        return cut_out(normalise(images, self.mean, self.std), uniforms, self.cutout)
+
+
+class Standard(Framed):
+    """Shifted crop, mirror and small turn, then normalised: the usual recipe for small images.
+
+    The same distribution, and for the same draws the same pixels, as torchvision's RandomCrop with
+    padding, RandomHorizontalFlip and RandomRotation on Pillow images.
+
+    Args:
+        mean: per channel, of values in 0..1.
+        std: per channel.
+        degrees: largest angle either way; 0 turns nothing.
+        frame: `padding`, `flip` and `cutout` of `Framed`.
+    """
+
+    draws = 6
+
+    def __init__(
+        self, mean: Sequence[float], std: Sequence[float], *, degrees: float = 15.0, **frame: Any
+    ) -> None:
+        super().__init__(mean, std, **frame)
+        self.degrees = degrees
 
     def __call__(self, images: Tensor, uniforms: Tensor) -> Tensor:
         """Map uint8 (b, C, H, W) and uniforms (b, draws) to float32 (b, C, H, W)."""
-        corners, mirrored = random_frame(uniforms[:, :3], self.padding, self.flip)
         degrees = (uniforms[:, 3].double() * 2 - 1) * self.degrees if self.degrees else None
-        moved = crop(images, corners, mirrored, self.padding, degrees)
-        return cut_out(normalise(moved, self.mean, self.std), uniforms[:, 4:], self.cutout)
+        moved = self.framed(images, uniforms[:, :3], degrees)
+        return self.finished(moved, uniforms[:, 4:])

@@ -82,7 +82,8 @@ def build_accelerator(train: "TrainSection", cpu: bool, precision: str = "") -> 
     import torch
     from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
-    cpu = cpu or not (torch.cuda.is_available() or torch.backends.mps.is_available())
+    # Limit: Apple's GPUs are left alone; they have no doubles, which sums and rotations need.
+    cpu = cpu or not torch.cuda.is_available()
     _refuse_silent_single()
     if train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

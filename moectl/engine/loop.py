@@ -16,7 +16,7 @@ from moectl.engine.errors import Interrupted, RunFailed, UserError
 from moectl.engine.launch import agree, any_process, gather_objects
 from moectl.engine.seeding import seed_all
 from moectl.engine.sources import Chunk, Source, Stream
-from moectl.engine.tracking import Means, MetricsFile, Trackers, mean_over, sum_type
+from moectl.engine.tracking import Means, MetricsFile, Trackers, mean_over
 
 if TYPE_CHECKING:
     from moectl.engine.optim import Schedule
@@ -210,7 +210,7 @@ class Loop:
         self.accelerator.backward(loss * (share * world) if share * world != 1 else loss)
         self._watch(loss)
         values = [loss.detach(), *(self._scalar(value) for value in parts.values())]
-        stacked = torch.stack([value.to(sum_type(value.device)) for value in values])
+        stacked = torch.stack([value.to(torch.float64) for value in values])
         for means in (self.epoch_means, self.window):
             means.add(("loss", *parts), stacked, share)
         if chunk.ends_update:

@@ -25,5 +25,3 @@ def seed_all(*coordinates: int | str) -> None:
     torch.default_generator.manual_seed(value)
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.manual_seed_all(value)
-    if torch.backends.mps.is_available():
-        torch.mps.manual_seed(value)

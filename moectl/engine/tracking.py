@@ -21,13 +21,6 @@ if TYPE_CHECKING:
 FIRST = ("update", "epoch", "elapsed_seconds")
 
 
-def sum_type(device: "torch.device") -> "torch.dtype":
-    """Return the widest float of a device: Apple's GPUs have no doubles."""
-    import torch
-
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
 class Means:
     """Weighted running means of named scalars; the sums stay on the device until they are read."""
 
@@ -53,8 +46,7 @@ class Means:
 
         self.names = tuple(name for name in state if name)
         sums = [state[name] for name in self.names]
-        kind = sum_type(device)
-        self.sums = torch.tensor(sums, dtype=kind, device=device) if sums else None
+        self.sums = torch.tensor(sums, dtype=torch.float64, device=device) if sums else None
         self.weight = state[""]
 
     def clear(self) -> None:

@@ -109,8 +109,6 @@ def devices() -> Iterator[Finding]:
             facts = torch.cuda.get_device_properties(number)
             found = f"{facts.name}, {facts.total_memory / 2**30:.0f} GiB"
             yield Finding("ok", f"GPU {number}", found)
-    elif torch.backends.mps.is_available():
-        yield Finding("ok", "GPU", "Apple MPS")
     elif shutil.which("nvidia-smi"):
         remedy = f"this torch has no CUDA, or the driver is too old; {_PAIR}"
         yield Finding("warn", "GPU", "there is a driver, but torch sees no device", remedy)
