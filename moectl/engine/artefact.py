@@ -100,7 +100,8 @@ def safe_load(data: bytes, where: str) -> Any:
             "save its state_dict alone with torch.save and use that file",
         ) from None
     except (RuntimeError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        known = isinstance(error, RuntimeError) and str(error).strip()
+        reason = str(error).strip().partition("\n")[0] if known else type(error).__name__
         raise UserError(f"{where}: not a weights file ({reason[:160]})") from None
 
 

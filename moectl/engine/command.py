@@ -163,7 +163,9 @@ def _read(room: str, reference: str) -> Path:
     from moectl.engine.references import find_run, split_reference
 
     path = Path(reference)
-    return path.parent if is_file(path) else find_run(split_reference(reference)[0], room)
+    if is_file(path):
+        return path.parent
+    return find_run(split_reference(reference)[0], room, status="finished")
 
 
 def _resumed(room: str, name: str, resume: str) -> Path | None:

@@ -119,7 +119,7 @@ def _training_options(runs_of: Callable[[str], list[str]]) -> list[inspect.Param
 
 
 def _run_option(runs_of: Callable[[str], list[str]]) -> inspect.Parameter:
-    which = "The run to read: path, name or latest, with @best, @last or @EPOCH."
+    which = "The run to read: path, name or latest (finished), with @best, @last, @EPOCH."
     return _option(str, "latest", "--run", "", which, runs_of, "REF")
 
 

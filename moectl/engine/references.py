@@ -89,7 +89,7 @@ def find_weights(reference: str, room: str | None = None, default: str = "last")
     if is_file(Path(reference)):
         return Path(reference)
     name, wanted = split_reference(reference)
-    folder = find_run(name, room)
+    folder = find_run(name, room, status="finished")
     wanted = wanted or default
     entries = read_record(folder).get("weights", [])
     plain = [entry for entry in entries if not entry["best"]]

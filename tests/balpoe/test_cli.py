@@ -64,7 +64,7 @@ def test_missing_data_is_one_sentence_with_the_place(isolated, capsys):
 
 def test_evaluating_without_a_run_is_refused(capsys):
     assert _run(["balpoe", "eval"]) == 2
-    assert "no run of balpoe" in capsys.readouterr().err
+    assert "no finished run of balpoe" in capsys.readouterr().err
 
 
 def test_experts_dir_names_its_successor(capsys):

@@ -164,11 +164,12 @@ def test_resume_of_nothing_is_refused(run: Any) -> None:
 
 
 def test_a_reading_command_takes_the_settings_of_the_run(run: Any, toy: ModuleType) -> None:
-    stored(toy, "x-1", optim__lr=0.7)
+    stored(toy, "x-1", "finished", optim__lr=0.7)
+    stored(toy, "x-2", "failed")
     request = run("look", "--run", "x-1@best", "--lr", "0.2")
     assert (request.settings.optim.lr, request.run) == (0.2, "x-1@best")
     assert request.folder == Path("runs/toy/x-1")
-    assert run("look").folder == Path("runs/toy/x-1"), "latest"
+    assert run("look").folder == Path("runs/toy/x-1"), "latest finished"
 
 
 def test_resumable_keys_exist_in_some_system() -> None:

@@ -146,3 +146,10 @@ def test_weights_of_a_young_run(isolated: Path) -> None:
 def test_a_weights_file_is_its_own_reference(isolated: Path) -> None:
     Path("w@best.pth").touch()
     assert find_weights("w@best.pth") == Path("w@best.pth")
+
+
+def test_the_latest_weights_are_those_of_the_newest_finished_run(isolated: Path) -> None:
+    weights = [{"file": "w.pth", "epoch": 1, "best": False}]
+    done = made("a/x-1", "2026-01-01", status="finished", weights=weights)
+    made("a/x-2", "2026-01-02", status="failed", weights=[])
+    assert find_weights("latest", "a") == done / "w.pth"
