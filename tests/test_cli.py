@@ -112,7 +112,7 @@ def test_debug_shows_where(
         (f"balpoe train --preset {'n' * 300}.toml", "no such preset file"),
         (f"balpoe eval --run {'n' * 300}", "no such run"),
         ("balpoe train --resume none", "none: no such run"),
-        ("balpoe eval", "no run of balpoe"),
+        ("balpoe eval", "no finished run of balpoe"),
         ("balpoe train extra", "extra"),
         ("presets show none", "none: no such preset"),
         ("runs show none", "none: no such run"),
