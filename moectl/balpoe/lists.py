@@ -98,15 +98,17 @@ def read_list(path: Path, images: Path) -> Items:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         raise UserError(f"{path}: cannot be read ({reason})", "see data.train_list") from None
-    items = []
+    items: Items = []
     for number, line in enumerate(lines, start=1):
         if line.strip():
             relative, label = _parse(line, f"{path}, line {number}")
             items.append((str(images / relative), label))
     if not items:
         raise UserError(f"{path}: names no image, expected lines of `relative/path label`")
-    if not Path(items[0][0]).is_file():
-        raise UserError(f"{path}: {items[0][0]} is missing", f"is {images} the folder of images?")
+    # Now, rather than in the last epoch.
+    missing = next((image for image, _ in items if not Path(image).is_file()), None)
+    if missing:
+        raise UserError(f"{path}: {missing} is missing", f"is {images} the folder of images?")
     return items
 
 
@@ -141,10 +143,14 @@ def read_image(path: str) -> Any:
     Raises:
         UserError: naming the file, if it is missing or no image.
     """
+    import numpy as np
     from PIL import Image
 
     try:
         with Image.open(path) as image:
+            if image.mode.startswith("I"):  # 16 bits: converting would cut them off, not scale
+                grey = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255)
+                return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
             return image.convert("RGB")
     except FileNotFoundError:
         raise UserError(f"{path}: no such image") from None

@@ -145,6 +145,9 @@ def _request(
     settings, origin = resolve(cls, given, common["set"], [*stored, *files])
     if folder and train:
         _refuse_changes(cls, folder, settings)
+        _refuse_other_command(folder, verb)
+        if origin.get("train.max_time") == "settings.toml":
+            settings = _without_limit(settings)
     return Request(
         room=room,
         command=verb,
@@ -191,6 +194,20 @@ def _refuse_changes(cls: type[Settings], folder: Path, settings: Settings) -> No
         raise UserError(
             f"{folder}: cannot resume with other settings: {listed}", "start a new run for that"
         )
+
+
+def _refuse_other_command(folder: Path, verb: str) -> None:
+    from moectl.engine.run import read_record
+
+    made_by = read_record(folder).get("command", verb)
+    if made_by != verb:
+        raise UserError(f"{folder}: made by {made_by}, so {verb} cannot go on with it")
+
+
+def _without_limit(settings: Any) -> Any:
+    """Drop the time limit of an earlier sitting: it was meant for that one."""
+    train = settings.train.model_copy(update={"max_time": ""})
+    return settings.model_copy(update={"train": train})
 
 
 def _prepare(request: Request) -> None:

@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -36,7 +36,8 @@ class _StderrHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         style = {"WARNING": "yellow", "ERROR": "red"}.get(record.levelname)
         prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
-        _talk.print(prefix + record.getMessage(), style=style, markup=False, soft_wrap=True)
+        with suppress(OSError):  # a run must not die of a full disk behind stderr
+            _talk.print(prefix + record.getMessage(), style=style, markup=False, soft_wrap=True)
 
 
 def setup(*, quiet: bool = False, as_json: bool = False) -> None:

@@ -121,8 +121,7 @@ class Loop:
         self.epoch_means, self.window = Means(), Means()
         self._tracked: dict[str, Any] = {}
         self._first_bad = torch.full((), -1, dtype=torch.int64, device=self.accelerator.device)
-        self._failed_saves, self._saved_update = 0, -1
-        self._saved_at = run.elapsed_seconds
+        self._failed_saves, self._saved_update, self._saved_at = 0, -1, run.elapsed_seconds
         self.metrics = MetricsFile(run.folder / "metrics.csv")
         self._restore()
 
@@ -185,7 +184,8 @@ class Loop:
                     if chunk.ends_update:
                         self._after_update(step, trackers)
                         bar.update(self.update, f"epoch {step.epoch + 1}/{self.settings.epochs}")
-                    if self.finished:
+                    if self.patience_ends:
+                        log.info("stopped early: no better %s", self.monitor)
                         break
         finally:
             trackers.close()

@@ -107,6 +107,9 @@ def find_weights(reference: str, room: str | None = None, default: str = "last")
 def newest_unfinished(room: str, name: str) -> Path | None:
     """Return the newest run of this name that is not finished, for schedulers that restart jobs."""
     for folder, record in all_runs(room):
-        if record.get("name") == name and record.get("status") != "finished":
+        unfinished = record.get("status") != "finished"
+        # What failed before its first checkpoint has nothing to go on with.
+        stillborn = record.get("status") == "failed" and not record.get("checkpoint")
+        if record.get("name") == name and unfinished and not stillborn:
             return folder
     return None

@@ -224,7 +224,16 @@ def test_an_unreadable_image_is_named(folder, damage):
             path.write_bytes(path.read_bytes()[:200])
         case "gone":
             path.unlink()
-    complaint = "no such image" if damage == "gone" else "not a readable image"
     with pytest.raises(UserError) as caught:
         labels(load(section(folder), 1).train)
-    assert caught.value.message == f"{path}: {complaint}"
+    lines = folder / "train.txt"
+    gone = f"{lines}: {path} is missing"  # noticed at once, not in the last epoch
+    assert caught.value.message == (gone if damage == "gone" else f"{path}: not a readable image")
+
+
+def test_sixteen_bits_are_scaled_not_cut_off(tmp_path):
+    levels = np.array([[0, 20_000], [40_000, 65_535]], dtype=np.uint16)
+    Image.fromarray(levels).save(tmp_path / "deep.png")
+    read = np.asarray(read_image(str(tmp_path / "deep.png")))
+    assert read[..., 0].tolist() == [[0, 78], [156, 255]]
+    assert (read[..., 0] == read[..., 2]).all()

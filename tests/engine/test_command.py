@@ -49,7 +49,8 @@ def stored(toy: ModuleType, name: str, status: str = "interrupted", **changes: A
     folder.mkdir(parents=True)
     (folder / "settings.toml").write_text(to_toml(toy.settings(**changes)))
     record = {"name": name.rpartition("-")[0], "status": status, "started": name, "room": "toy"}
-    (folder / "run.json").write_text(json.dumps({**record, "threads": 1, "precision": "no"}))
+    record |= {"threads": 1, "precision": "no", "checkpoint": {"latest": "update-00000001"}}
+    (folder / "run.json").write_text(json.dumps(record))
     return folder
 
 
@@ -127,6 +128,28 @@ def test_resume_may_not_stretch_a_cosine_over_all_epochs(run: Any, toy: ModuleTy
         run("train", "-r", "x-1", "--epochs", "9")
     stored(toy, "y-1", schedule__name="cosine", schedule__t_max=9)
     assert run("train", "-r", "y-1", "--epochs", "9").settings.train.epochs == 9
+
+
+def test_a_time_limit_belongs_to_one_sitting(run: Any, toy: ModuleType) -> None:
+    stored(toy, "x-1", train__max_time="3s")
+    assert run("train", "-r", "x-1").settings.train.max_time == ""
+    assert run("train", "-r", "x-1", "--max-time", "9s").settings.train.max_time == "9s"
+
+
+def test_only_a_training_is_gone_on_with(run: Any, toy: ModuleType) -> None:
+    folder = stored(toy, "x-1")
+    record = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps({**record, "command": "import"}))
+    with pytest.raises(UserError, match="made by import"):
+        run("train", "-r", "x-1")
+
+
+def test_resume_auto_passes_over_what_failed_at_once(run: Any, toy: ModuleType) -> None:
+    folder = stored(toy, "x-1", "failed")
+    record = json.loads((folder / "run.json").read_text())
+    del record["checkpoint"]
+    (folder / "run.json").write_text(json.dumps(record))
+    assert run("train", "--name", "x", "--resume", "auto").folder is None
 
 
 def test_resume_may_add_epochs_but_not_take_them_away(run: Any, toy: ModuleType) -> None:
