@@ -112,6 +112,7 @@ def _size(size: Callable[[Any], dict[str, Any]] | None, settings: Settings) -> d
     try:
         return size(settings) if size else {}
     except UserError as error:
+        console.log.warning("size unknown: %s", error.message)
         return {"size unknown": error.message}
 
 
@@ -167,6 +168,10 @@ def _read(room: str, reference: str) -> Path:
 
     path = Path(reference)
     if is_file(path):
+        if not is_file(path.parent / "settings.toml"):
+            raise UserError(
+                f"{path}: lies outside a run folder", f"moectl {room} import makes a run of it"
+            )
         return path.parent
     return find_run(split_reference(reference)[0], room, status="finished")
 

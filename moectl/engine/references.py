@@ -80,7 +80,7 @@ def _begins(folder: Path, record: dict[str, Any], reference: str) -> bool:
     return whole_word or reference.startswith(str(record.get("name", folder.name)))
 
 
-def find_weights(reference: str, room: str | None = None, default: str = "last") -> Path:
+def find_weights(reference: str, room: str | None = None) -> Path:
     """Return the weights file that a reference names: a path, or a run with `@…`.
 
     Raises:
@@ -90,7 +90,7 @@ def find_weights(reference: str, room: str | None = None, default: str = "last")
         return Path(reference)
     name, wanted = split_reference(reference)
     folder = find_run(name, room, status="finished")
-    wanted = wanted or default
+    wanted = wanted or "last"
     entries = read_record(folder).get("weights", [])
     plain = [entry for entry in entries if not entry["best"]]
     if wanted == "best":

@@ -70,3 +70,9 @@ def test_evaluating_without_a_run_is_refused(capsys):
 def test_experts_dir_names_its_successor(capsys):
     assert _run(["balpoe", "eval", "--experts_dir", "x"]) == 2
     assert "--run REF" in capsys.readouterr().err
+
+
+def test_weights_outside_a_run_are_sent_to_import(isolated, capsys):
+    (isolated / "bare.pth").write_bytes(b"x")
+    assert _run(["balpoe", "eval", "--run", "bare.pth"]) == 2
+    assert "moectl balpoe import" in capsys.readouterr().err

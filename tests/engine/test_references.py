@@ -128,7 +128,6 @@ def test_weights_of_a_run(isolated: Path) -> None:
     for wanted, file in {"@last": "e20", "@best": "best", "@2": "e2", "@10": "e10"}.items():
         assert find_weights(f"x-1{wanted}", "a") == folder / file
     assert find_weights("latest", "a") == folder / "e20"
-    assert find_weights("latest", "a", default="best") == folder / "best"
     with pytest.raises(UserError, match="no weights @3") as refusal:
         find_weights("x-1@3", "a")
     assert refusal.value.hint == "it has: @10, @2, @best, @20"
