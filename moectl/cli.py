@@ -14,7 +14,9 @@ CONTENTS: dict[str, tuple[str, dict[str, str]]] = {
         "Long-tailed classification with calibrated experts.",
         {
             "train": "Train the experts.",
-            "eval": "Measure accuracy and calibration of a trained run.",
+            "plugin": "Fit the rule that says when to reject.",
+            "eval": "Measure accuracy, calibration and rejection of a trained run.",
+            "reject": "Classify new items or abstain, by a fitted rule.",
             "import": "Bring a public .pth of the original code into a run folder.",
         },
     ),

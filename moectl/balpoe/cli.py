@@ -1,7 +1,7 @@
 """The commands of balpoe."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -50,21 +50,96 @@ def train(request: Request) -> None:
     console.result({**run.record, "folder": str(run.folder)}, str(run.folder))
 
 
+_STAGES = {
+    "--config": "use --preset NAME or --preset FILE.toml",
+    "-c": "use --preset NAME or --preset FILE.toml",
+    "--save-dir": "results go into the run folder",
+    "--checkpoint": "use --run REF@last, @best or @EPOCH",
+    "--experts-checkpoint": "use --run REF@last, @best or @EPOCH",
+}
+_Plugin = typer.Option(
+    "--plugin", "--plugin-checkpoint", help="A saved plug-in: its name in the run, or its file."
+)
+
+
 @command(
     BalpoeSettings,
-    ("eval",),
+    ("plugin",),
     train=False,
-    dropped={
-        "--experts-dir": "use --run REF",
-        "--checkpoint": "use --run REF@last, @best or @EPOCH",
-    },
+    dropped=_STAGES,
+    run_alias="--experts-dir",
+    standalone=("logits",),
 )
-def eval_(request: Request) -> None:
-    """Measure accuracy and calibration of a trained run."""
+def plugin(
+    request: Request,
+    logits: Annotated[
+        Path | None,
+        typer.Option("--logits", help="Outputs of any classifier, .npz or .safetensors."),
+    ] = None,
+    name: Annotated[  # noqa: ARG001 - the request has it
+        str | None, typer.Option("--name", help="Name of the plug-in; else the presets.")
+    ] = None,
+    out: Annotated[  # noqa: ARG001 - the request has it
+        Path | None, typer.Option("--out", help="With --logits: the new run folder; must be empty.")
+    ] = None,
+) -> None:
+    """Fit the rule that says when to reject."""
+    from moectl.balpoe.plugin import run_plugin
+
+    console.result(*run_plugin(request, logits))
+
+
+@command(
+    BalpoeSettings,
+    (),
+    train=False,
+    dropped=_STAGES,
+    run_alias="--experts-dir",
+    standalone=("plugin_file",),
+)
+def reject(  # noqa: PLR0913 - the options of a command
+    request: Request,
+    plugin_file: Annotated[str, _Plugin] = "",
+    logits: Annotated[
+        Path | None, typer.Option("--logits", help="Outputs to judge, .npz or .safetensors.")
+    ] = None,
+    images: Annotated[
+        Path | None, typer.Option("--images", help="Folder of images to judge.")
+    ] = None,
+    target_rate: Annotated[
+        float | None, typer.Option("--target-rate", help="Apply the rule fitted for this rate.")
+    ] = None,
+    cost: Annotated[
+        float | None, typer.Option("--cost", help="Apply the rule fitted for this cost.")
+    ] = None,
+    test_prior: Annotated[
+        str,
+        typer.Option("--test-prior", help="Class shares of the items: train, uniform, em, a file."),
+    ] = "",
+    form: Annotated[
+        Literal["jsonl", "csv"], typer.Option("--format", help="How the lines are written.")
+    ] = "jsonl",
+) -> None:
+    """Classify new items or abstain, by a fitted rule."""
+    from moectl.balpoe.reject import Choice, lines, run_reject
+
+    choice = Choice(plugin_file, logits, images, target_rate, cost, test_prior)
+    rows = run_reject(request, choice)
+    console.result(rows, lines(rows, form))
+
+
+@command(BalpoeSettings, ("eval",), train=False, dropped=_STAGES, run_alias="--experts-dir")
+def eval_(
+    request: Request,
+    plugins: Annotated[list[str] | None, _Plugin] = None,
+) -> None:
+    """Measure accuracy, calibration and rejection of a trained run."""
     from moectl.balpoe.eval import run_eval
 
+    assert request.folder is not None
     settings: Any = request.settings
-    console.result(*run_eval(settings, request.run, request.cpu))
+    found = run_eval(settings, request.run, request.folder, plugins or [], request.cpu)
+    console.result(*found)
 
 
 @command(BalpoeSettings, ("data", "model", "loss"), train=True)

@@ -5,6 +5,7 @@ Legend: N images, C channels, H W pixels, K classes.
 
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moectl.balpoe.lists import load_lists
+from moectl.balpoe.lists import IMAGENET, INATURALIST, evaluation_reader, load_lists, read_image
 from moectl.balpoe.longtail import class_sizes, select, split_indices
 from moectl.common.autoaugment import AutoAugment, TrivialAugment
 from moectl.common.images import Plain, Standard
@@ -22,9 +23,23 @@ from moectl.engine.launch import offline
 from moectl.engine.sources import Augment, FolderSource, Source, TensorSource
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from moectl.balpoe.settings import DataSection
 
 logger = logging.getLogger(__name__)
+
+_CIFAR = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
+_STATISTICS = {
+    "digits": ((0.3, 0.3, 0.3), (0.35, 0.35, 0.35)),
+    "synthetic": ((0.5, 0.5, 0.5), (0.2, 0.2, 0.2)),
+    # Those of CIFAR-10 serve both sets, as in the literature.
+    "cifar10": _CIFAR,
+    "cifar100": _CIFAR,
+}
+"""Mean and standard deviation per channel, of values in 0..1."""
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
+_SIDES = {"digits": 8, "synthetic": 16, "cifar10": 32, "cifar100": 32}
 
 
 @dataclass(frozen=True)
@@ -38,9 +53,9 @@ class Data:
     """(K,) training images of each class."""
     class_names: list[str]
     val_indices: list[int]
-    """Positions of `val` in the held-out set, in the order of `val`."""
+    """Positions of `val` among the held-out images, in the order of `val`."""
     test_indices: list[int]
-    """Positions of `test` in the held-out set."""
+    """Positions of `test` among them; none is in both."""
     facts: dict[str, object]
     """Plain values for the records of a run; always `dataset`, `image_size`, `mean`, `std`."""
 
@@ -185,7 +200,7 @@ def _digits(data: "DataSection") -> _Pool:
 
     scans = load_digits()
     labels = scans.target.astype(np.int64)
-    side = data.image_size or 8
+    side = data.image_size or _SIDES["digits"]
     images = _stretched(torch.from_numpy(scans.images).float()[:, None] * (255 / 16), side)
     images = images.expand(-1, 3, -1, -1)
     held, train = split_indices(labels, 0.4, seed=0)
@@ -194,9 +209,8 @@ def _digits(data: "DataSection") -> _Pool:
         labels[train],
         images[torch.from_numpy(held)],
         labels[held],
-        names=[str(digit) for digit in range(10)],
-        mean=(0.3, 0.3, 0.3),
-        std=(0.35, 0.35, 0.35),
+        [str(digit) for digit in range(10)],
+        *_STATISTICS["digits"],
         padding=max(side // 8, 1),
         degrees=10.0,
         flip=False,
@@ -205,7 +219,8 @@ def _digits(data: "DataSection") -> _Pool:
 
 def _synthetic(data: "DataSection") -> _Pool:
     """Make ten classes of coloured clouds, each a pattern of its own under noise."""
-    classes, per_class, held_per_class, side = 10, 100, 40, data.image_size or 16
+    classes, per_class, held_per_class = 10, 100, 40
+    side = data.image_size or _SIDES["synthetic"]
     draws = torch.Generator().manual_seed(0)
     patterns = torch.randn(classes, 3, 4, 4, generator=draws)
     labels = torch.arange(classes).repeat(per_class + held_per_class)
@@ -217,9 +232,8 @@ def _synthetic(data: "DataSection") -> _Pool:
         labels[:part].numpy(),
         images[part:],
         labels[part:].numpy(),
-        names=[f"cloud {number}" for number in range(classes)],
-        mean=(0.5, 0.5, 0.5),
-        std=(0.2, 0.2, 0.2),
+        [f"cloud {number}" for number in range(classes)],
+        *_STATISTICS["synthetic"],
         padding=max(side // 8, 1),
         degrees=10.0,
         flip=False,
@@ -262,10 +276,8 @@ def _cifar(data: "DataSection") -> _Pool:
         np.array(train.targets),
         torch.from_numpy(test.data.transpose(0, 3, 1, 2)),
         np.array(test.targets),
-        names=list(train.classes),
-        # The statistics of CIFAR-10 serve both sets, as in the literature.
-        mean=(0.4914, 0.4822, 0.4465),
-        std=(0.2023, 0.1994, 0.2010),
+        list(train.classes),
+        *_STATISTICS[data.dataset],
         padding=4,
         degrees=15.0,
         flip=True,
@@ -282,7 +294,8 @@ def _from_files(data: "DataSection", seed: int) -> Data:
         val, test = ([test[row] for row in part] for part in parts)
         val_indices, test_indices = (part.tolist() for part in parts)
     else:
-        val_indices, test_indices = list(range(len(val))), list(range(len(test)))
+        positions = list(range(len(val) + len(test)))  # of both lists, one after the other
+        val_indices, test_indices = positions[: len(val)], positions[len(val) :]
 
     finish = Plain(lists.mean, lists.std)
 
@@ -308,3 +321,33 @@ def _from_files(data: "DataSection", seed: int) -> Data:
             "imbalance_ratio": max(counts) / min(counts),
         },
     )
+
+
+def folder_source(folder: Path, data: "DataSection") -> FolderSource:
+    """Return the images of a folder, in the order of their paths, as evaluation reads them.
+
+    Raises:
+        UserError: if the folder holds no image.
+    """
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES)
+    if not paths:
+        raise UserError(f"{folder}: no image in it ({', '.join(_SUFFIXES)})")
+    if data.dataset in _SIDES:
+        read = _square_reader(data.image_size or _SIDES[data.dataset])
+        mean, std = _STATISTICS[data.dataset]
+    else:
+        read = evaluation_reader(data.image_size or 224)
+        mean, std = INATURALIST if data.dataset == "inat18" else IMAGENET
+    items = [(str(path), 0) for path in paths]
+    return FolderSource(items, read, read, data.workers, Plain(mean, std))
+
+
+def _square_reader(side: int) -> "Callable[[str], Tensor]":
+    """Return what reads an image as uint8 and squeezes it into a square where it is none."""
+    from torchvision.transforms.functional import pil_to_tensor
+
+    def read(path: str) -> Tensor:
+        image = read_image(path)
+        return pil_to_tensor(image if image.size == (side, side) else image.resize((side, side)))
+
+    return read

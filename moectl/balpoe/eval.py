@@ -1,4 +1,4 @@
-"""Accuracy, calibration, shifted test sets and expert diversity of a trained ensemble."""
+"""Accuracy, calibration, shifted test sets and expert diversity of a classifier."""
 
 import csv
 import io
@@ -9,61 +9,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from moectl.balpoe.data import Data, load
+from moectl.balpoe.eval_rejection import evaluate_rejection
+from moectl.balpoe.inference import open_classifier
+from moectl.balpoe.logits import Outputs
 from moectl.balpoe.longtail import shifted_indices
 from moectl.balpoe.losses import log_posterior, log_prior, target_log_priors, to_uniform
-from moectl.balpoe.model import BalpoeNet
 from moectl.balpoe.report import report
 from moectl.balpoe.settings import BalpoeSettings
 from moectl.common import calibration as calibrated
 from moectl.common import scores
-from moectl.engine import artefact, console
-from moectl.engine.errors import UserError
+from moectl.engine import console
 from moectl.engine.files import write_json, write_text
-from moectl.engine.launch import build_accelerator, gather_rows
-from moectl.engine.references import find_weights, split_reference
-from moectl.engine.run import read_record
-from moectl.engine.sources import Source
-from moectl.engine.tracking import loads_or_none
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
     from rich.table import Table
 
 
 _LARGEST_CONFUSION = 1000
-
-
-@torch.no_grad()
-def predict(
-    model: nn.Module, source: Source, accelerator: "Accelerator", batch_size: int, batches: int = 0
-) -> tuple[Tensor, Tensor]:
-    """Return the expert logits (N, E, K) in fp32 and the labels (N,), in order, on the CPU.
-
-    Args:
-        model: in eval mode, the same on every process.
-        source: the data; dealt out over all processes.
-        accelerator: devices and processes.
-        batch_size: images per forward pass.
-        batches: stop after so many; 0 takes all.
-    """
-    rank, world = accelerator.process_index, accelerator.num_processes
-    kept = []
-    ordered = source.ordered(batch_size, accelerator.device, rank, world)
-    for number, (images, labels) in enumerate(ordered, 1):
-        with accelerator.autocast():
-            logits = model(images.to(memory_format=torch.channels_last))
-        kept.append((logits.float(), labels))
-        if number == batches:
-            break
-    logits = torch.cat([part for part, _ in kept])
-    labels = torch.cat([part for _, part in kept])
-    total = len(source)
-    return gather_rows(accelerator, logits, total).cpu(), gather_rows(
-        accelerator, labels, total
-    ).cpu()
 
 
 def epoch_scores(
@@ -103,27 +67,23 @@ def _accuracies(
     }
 
 
-def measure(
-    model: nn.Module, data: Data, settings: BalpoeSettings, accelerator: "Accelerator"
-) -> dict[str, Any]:
-    """Evaluate weights on the test set; the temperature is fitted on the validation set.
+def measure(outputs: Outputs, settings: BalpoeSettings) -> dict[str, Any]:
+    """Evaluate a classifier on the test set; the temperature is fitted on the validation set.
 
     Returns:
         A JSON document: `scores` (the headline numbers), `accuracy`, `per_class`, `confusion`,
         `shifted`, `calibration`, `reliability`, `diversity`.
     """
-    size = settings.eval.batch_size
-    logits, labels = predict(model, data.test, accelerator, size)
-    val_logits, val_labels = predict(model, data.val, accelerator, size)
-    prior = log_prior(data.class_counts)
-    taus = torch.tensor(settings.taus)
-    accuracy = accuracy_table(logits, labels, data.class_counts, taus)
+    logits, labels, counts = outputs.test_logits, outputs.test_labels, outputs.class_counts
+    prior = log_prior(counts)
+    taus = torch.tensor(outputs.taus)
+    accuracy = accuracy_table(logits, labels, counts, taus)
     calibration = calibration_table(logits, labels, prior, taus, settings.eval.bins)
     ensemble = logits.mean(1)
     calibration["ensemble"]["temperature"] = calibrated.fit_temperature(
-        val_logits.mean(1), val_labels
+        outputs.val_logits.mean(1), outputs.val_labels
     )
-    classes = len(data.class_counts)
+    classes = len(counts)
     fair = to_uniform(logits, prior, taus)
     head = {
         **accuracy["ensemble"],
@@ -137,11 +97,9 @@ def measure(
         "shifted": shifted_table(logits, labels, prior, settings.eval.shifts),
         "calibration": calibration,
         "reliability": reliability_table(logits, labels, prior, taus, settings.eval.bins),
-        "diversity": asdict(
-            scores.expert_diversity(fair, labels, scores.shot_groups(data.class_counts))
-        ),
-        "class_names": list(data.class_names),
-        "class_counts": list(data.class_counts),
+        "diversity": asdict(scores.expert_diversity(fair, labels, scores.shot_groups(counts))),
+        "class_names": outputs.class_names,
+        "class_counts": counts,
         "images": len(labels),
     }
 
@@ -298,8 +256,17 @@ def _csv(rows: list[dict[str, Any]]) -> str:
     return text.getvalue()
 
 
-def run_eval(settings: BalpoeSettings, reference: str, cpu: bool) -> tuple[dict[str, Any], "Table"]:
+def run_eval(
+    settings: BalpoeSettings, reference: str, folder: Path, plugins: Sequence[str], cpu: bool
+) -> tuple[dict[str, Any], "Table"]:
     """Measure the weights that a reference names, write `evals/` and the report of its run.
+
+    Args:
+        settings: those of the run.
+        reference: to the run and its weights.
+        folder: the run it names.
+        plugins: saved rules to be measured too, names or files.
+        cpu: stay on the CPU.
 
     Returns:
         The JSON document, and a table of the accuracies and calibration errors.
@@ -307,57 +274,14 @@ def run_eval(settings: BalpoeSettings, reference: str, cpu: bool) -> tuple[dict[
     Raises:
         UserError: if the weights do not fit, or the data is not split as in the training.
     """
-    path = find_weights(reference, "balpoe")
-    weights = artefact.load(path)
-    if not weights.facts:
-        raise UserError(
-            f"{path}: has no {path.name}.json beside it", "moectl balpoe import makes a run of it"
-        )
-    precision = str(read_record(path.parent)["precision"])
-    accelerator = build_accelerator(settings.train, cpu, precision)
-    with accelerator.main_process_first():
-        data = load(settings.data, settings.train.seed)
-    _same_data(data, settings, weights.facts, path.parent)
-    model = BalpoeNet(**weights.facts["arguments"])
-    model.load_state_dict(weights.payload["state_dict"])
-    model.to(memory_format=torch.channels_last).to(accelerator.device).eval()
-    document = measure(model, data, settings, accelerator)
-    entry = {"file": path.name, "sha256": weights.sha256, "epoch": weights.facts["epoch"]}
-    if accelerator.is_main_process:
-        write_evaluation(path.parent, f"test@{_tag(reference, entry['epoch'])}", document, entry)
-        report(path.parent)
-    return {"run": str(path.parent), "weights": entry, **document}, _table(document)
-
-
-def _tag(reference: str, epoch: int) -> str:
-    if Path(reference).is_file():
-        return f"epoch{epoch}"
-    wanted = split_reference(reference)[1] or "last"
-    return wanted if wanted in ("best", "last") else f"epoch{epoch}"
-
-
-def _same_data(
-    data: Data, settings: BalpoeSettings, facts: Mapping[str, Any], folder: Path
-) -> None:
-    """Refuse to read the outputs of weights by another prior, or to test on validation images."""
-    expected: dict[str, list[float]] = {
-        "class_counts": [*data.class_counts],
-        "taus": list(settings.taus),
-    }
-    for name, value in expected.items():
-        if value != facts[name]:
-            raise UserError(
-                f"{folder}: the weights were trained with {name} {_brief(facts[name])},"
-                f" the settings now give {_brief(value)}",
-                "leave data, loss and the environment as they were in the training",
-            )
-    stored = loads_or_none(folder / "split.json")
-    if stored is not None and stored != {"val": data.val_indices, "test": data.test_indices}:
-        raise UserError(f"{folder / 'split.json'}: the data is split otherwise now")
-
-
-def _brief(values: Sequence[float]) -> str:
-    return ", ".join(map(str, values[:5])) + (" …" if len(values) > 5 else "")
+    found = open_classifier(settings, reference, folder, cpu)
+    document = measure(found.outputs, settings)
+    if found.is_main:
+        write_evaluation(found.folder, f"test@{found.tag}", document, found.weights)
+        if settings.eval.rejection:
+            document["rejection"] = evaluate_rejection(found, settings, plugins)
+        report(found.folder)
+    return {"run": str(found.folder), "weights": found.weights, **document}, _table(document)
 
 
 def _table(document: Mapping[str, Any]) -> "Table":

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moectl.balpoe import report_rejection
 from moectl.balpoe.published import (
     PAPER,
     PUBLISHED,
@@ -37,15 +38,26 @@ class Evidence:
     """The rows of metrics.csv at the ends of epochs."""
     evaluations: Mapping[str, Mapping[str, Any]]
     """`last`, `best`, `epoch50` … to the document of the evaluation."""
+    rejections: Mapping[str, Mapping[str, Any]]
+    """The same tags to the document of the evaluation of rejection."""
     summary: Mapping[str, Mapping[str, Any]]
 
     @property
     def details(self) -> Mapping[str, Any]:
         """The evaluation that tables and plots are about: the last epoch's, as in the paper."""
-        for tag in ("last", "best", *self.evaluations):
-            if tag in self.evaluations:
-                return {"tag": tag, **self.evaluations[tag]}
-        return {}
+        return _preferred(self.evaluations)
+
+    @property
+    def rejection(self) -> Mapping[str, Any]:
+        """The evaluation of rejection that is shown."""
+        return _preferred(self.rejections)
+
+
+def _preferred(documents: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:
+    for tag in ("last", "best", *documents):
+        if tag in documents:
+            return {"tag": tag, **documents[tag]}
+    return {}
 
 
 def report(folder: Path) -> None:
@@ -53,7 +65,11 @@ def report(folder: Path) -> None:
     evidence = read(folder)
     plots = folder / "plots"
     plots.mkdir(exist_ok=True)
-    pictures = [*_draw_training(evidence, plots), *_draw_evaluation(evidence.details, plots)]
+    pictures = [
+        *_draw_training(evidence, plots),
+        *_draw_evaluation(evidence.details, plots),
+        *report_rejection.draw(evidence.rejection, plots),
+    ]
     parts = [
         _run_lines(evidence),
         _settings_table(evidence),
@@ -62,6 +78,7 @@ def report(folder: Path) -> None:
         _calibration(evidence),
         _diversity(evidence.details),
         _shifts(evidence),
+        report_rejection.section(evidence.rejection, evidence.settings),
         *(["## Plots"] if pictures else []),
         *(image(f"plots/{name}", caption) for name, caption in pictures),
     ]
@@ -72,18 +89,23 @@ def read(folder: Path) -> Evidence:
     """Collect the files of a run folder, whichever there are."""
     settings = folder / "settings.toml"
     rows = MetricsFile(folder / "metrics.csv").rows()
-    documents = {
-        path.stem.partition("@")[2]: loads_or_none(path)
-        for path in sorted(folder.glob("evals/test@*.json"))
-    }
+    evaluations = sorted(folder.glob("evals/test@*.json"))
+    rejections = sorted(folder.glob("evals/rejection@*/metrics.json"))
     return Evidence(
         name=folder.resolve().name,
         record=loads_or_none(folder / "run.json") or {},
         settings=flatten(read_toml(settings)) if settings.exists() else {},
         epochs=[row for row in rows if row.get("train/loss")],
-        evaluations={tag: document for tag, document in documents.items() if document},
+        evaluations=_documents({path.stem: path for path in evaluations}),
+        rejections=_documents({path.parent.name: path for path in rejections}),
         summary=loads_or_none(folder / "summary.json") or {},
     )
+
+
+def _documents(paths: Mapping[str, Path]) -> dict[str, Mapping[str, Any]]:
+    """Read documents by name, such as `test@last`; the keys are the tags behind the @."""
+    found = {name.partition("@")[2]: loads_or_none(path) for name, path in paths.items()}
+    return {tag: document for tag, document in found.items() if document}
 
 
 def _run_lines(evidence: Evidence) -> str:

@@ -3,12 +3,22 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from moectl.balpoe.taus import tau_values
 from moectl.engine.sections import OptimSection, ScheduleSection, TrainSection
 from moectl.engine.settings import Flag, Section, Settings
+
+
+def _numbers(value: Any) -> Any:
+    """Split the text of an option, `0.1, 0.2` or `0.1;0.2`."""
+    return value.replace(",", ";").split(";") if isinstance(value, str) and value else value or ()
+
+
+Numbers = Annotated[tuple[float, ...], BeforeValidator(_numbers)]
+Rates = Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], ...], BeforeValidator(_numbers)]
+Costs = Annotated[tuple[Annotated[float, Field(ge=0, le=1)], ...], BeforeValidator(_numbers)]
 
 
 class DataSection(Section):
@@ -143,6 +153,78 @@ class BalpoeTrain(TrainSection):
     """Epochs between the weights files checkpoint-epochN.pth; the last epoch always has one."""
 
 
+class PluginSection(Section):
+    """The rule that says when to reject."""
+
+    posterior: Annotated[
+        str, Flag("--posterior"), Field(pattern=r"^(poe|mixture|single:[0-9]+)$")
+    ] = "poe"
+    """How experts are combined: `poe`, `mixture`, or `single:E` for expert E alone."""
+    expert_weights: Annotated[str, Flag("--expert-weights")] = "equal"
+    """Shares of the experts: `equal`, `grid` (searched on validation images) or a list."""
+    label_prior: Annotated[str, Flag("--label-prior")] = "train"
+    """Class shares of the images to be judged: `train`, `uniform`, or a file of numbers."""
+    groups: Annotated[str, Flag("--groups")] = "head_tail"
+    """Groups of equal right: `head_tail`, `shots`, `class`, `quantile:Q`, or a JSON/TOML file."""
+    tail_threshold: Annotated[int, Flag("--tail-threshold"), Field(ge=0)] = 20
+    """Most training images of a class in the tail."""
+    objective: Annotated[str, Flag("--objective")] = "balanced"
+    """Error to lower: `balanced` over groups, of the `worst` group, or a list of weights."""
+    rates: Annotated[Rates, Flag("--rates")] = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+    """Target rejection rates, each with a rule of its own."""
+    costs: Annotated[Costs, Flag("--costs")] = ()
+    """Costs of a rejection in units of an error, each with a rule of its own."""
+    mu_method: Annotated[Literal["fixed-point", "grid"], Flag("--mu-method")] = "fixed-point"
+    """Where the multipliers come from: their own equation, or a search over `lambdas`."""
+    lambdas: Numbers = (0.0, 1.0, -1.0, 6.0, -6.0, 11.0, -11.0)
+    """Candidates of the grid: multiplier of a further group, as the tail, less the first's."""
+    iterations: Annotated[int, Field(ge=1)] = 30
+    """Steps towards consistent acceptance shares."""
+    rounds: Annotated[int, Field(ge=1)] = 25
+    """Updates of the group weights under the worst-group objective."""
+    step_size: Annotated[float, Field(gt=0)] = 1.0
+    """Exponent of those updates per unit of error."""
+    keep: Literal["best", "last"] = "best"
+    """Round whose rule is kept under the worst-group objective."""
+
+    @field_validator("expert_weights", "objective", mode="before")
+    @classmethod
+    def _list_as_text(cls, value: Any) -> Any:
+        return ";".join(map(str, value)) if isinstance(value, list | tuple) else value
+
+    @model_validator(mode="after")
+    def _texts_that_are_lists(self) -> "PluginSection":
+        self._shares("expert_weights", self.expert_weights, ("equal", "grid"))
+        self._shares("objective", self.objective, ("balanced", "worst"))
+        if not (self.rates or self.costs):
+            raise ValueError("plugin.rates and plugin.costs are both empty")
+        return self
+
+    @staticmethod
+    def _shares(name: str, text: str, words: tuple[str, ...]) -> tuple[float, ...] | None:
+        """Return the numbers of a list with sum 1, None for one of the words."""
+        if text in words:
+            return None
+        try:
+            values = tuple(float(part) for part in _numbers(text))
+        except ValueError:
+            values = ()
+        if not values or min(values) < 0 or not 0 < sum(values) < float("inf"):
+            known = " or ".join(words)
+            raise ValueError(f"plugin.{name} is {text!r}, expected {known}, or numbers such as 1;2")
+        return tuple(value / sum(values) for value in values)
+
+    @property
+    def expert_shares(self) -> tuple[float, ...] | None:
+        """The weights of the experts, with sum 1, where they are given as a list."""
+        return self._shares("expert_weights", self.expert_weights, ("equal", "grid"))
+
+    @property
+    def group_shares(self) -> tuple[float, ...] | None:
+        """The weights of the groups, with sum 1, where they are given as a list."""
+        return self._shares("objective", self.objective, ("balanced", "worst"))
+
+
 class EvalSection(Section):
     """What is measured after training."""
 
@@ -152,6 +234,12 @@ class EvalSection(Section):
     """Bins of the calibration errors."""
     shifts: tuple[Annotated[float, Field(ge=1)], ...] = (50.0, 25.0, 10.0, 5.0, 2.0)
     """Imbalance ratios of the shifted test sets, forward and backward; empty for none."""
+    rejection: Annotated[bool, Flag("--rejection")] = True
+    """Also measure how errors fall when classifiers may reject."""
+    bootstrap: Annotated[int, Field(ge=0)] = 1000
+    """Resamples of the test images behind the intervals of areas; 0 gives none."""
+    trials: Annotated[int, Field(ge=1)] = 5
+    """Divisions into validation and test images over which areas are averaged."""
 
 
 class BalpoeSettings(Settings):
@@ -165,6 +253,7 @@ class BalpoeSettings(Settings):
     optim: BalpoeOptim = BalpoeOptim()
     schedule: BalpoeSchedule = BalpoeSchedule()
     train: BalpoeTrain = BalpoeTrain()
+    plugin: PluginSection = PluginSection()
     eval: EvalSection = EvalSection()
 
     @model_validator(mode="after")

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from moectl import __version__
 from moectl.balpoe.data import Data, load, sizes
-from moectl.balpoe.eval import epoch_scores, measure, predict, write_evaluation
+from moectl.balpoe.eval import epoch_scores, measure, write_evaluation
+from moectl.balpoe.inference import outputs_of, predict
 from moectl.balpoe.losses import balpoe_loss, log_prior, mix, mixed_accuracy
 from moectl.balpoe.model import BalpoeNet, load_public, multiply_adds
 from moectl.balpoe.report import report
@@ -138,8 +139,10 @@ def _finish(settings: BalpoeSettings, data: Data, loop: Loop) -> None:
     for name, file in (("last", f"checkpoint-epoch{loop.epoch}.pth"), ("best", "model_best.pth")):
         weights = artefact.load(run.folder / file)
         loop.module.load_state_dict(weights.payload["state_dict"])
-        document = measure(loop.evaluating(), data, settings, run.accelerator)
-        entry = {"file": file, "sha256": weights.sha256, "epoch": weights.facts["epoch"]}
+        model, digest = loop.evaluating(), weights.sha256
+        outputs = outputs_of(model, data, settings, run.accelerator, digest)
+        document = measure(outputs, settings)
+        entry = {"file": file, "sha256": digest, "epoch": weights.facts["epoch"]}
         summary[name] = {"epoch": entry["epoch"], **document["scores"]}
         if run.is_main:
             write_evaluation(run.folder, f"test@{name}", document, entry)

@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,9 @@ RESUMABLE = (
     "data.download",
     "eval.bins",
     "eval.shifts",
+    "eval.rejection",
+    "eval.bootstrap",
+    "eval.trials",
 )
 """Settings that may change when a run is resumed; the number of epochs may only grow."""
 
@@ -57,13 +60,15 @@ class Request:
     """The reference to the run to read, as given."""
 
 
-def command(
+def command(  # noqa: PLR0913 - what a command is made of
     cls: type[Settings],
     sections: Sequence[str],
     *,
     train: bool,
     size: Callable[[Any], dict[str, Any]] | None = None,
     dropped: dict[str, str] | None = None,
+    run_alias: str = "",
+    standalone: Sequence[str] = (),
 ) -> Callable[[Callable[..., Any]], Callable[..., None]]:
     """Turn `function(request, …)` into a Typer command with options for the flagged fields.
 
@@ -73,6 +78,9 @@ def command(
         train: whether the command makes a run (`--name --out --resume`), or reads one (`--run`).
         size: returns the size of the job for `--dry-run`.
         dropped: options of the original programs that are gone, with what replaced them.
+        run_alias: another name of `--run`, as an original program has it.
+        standalone: parameters of the function that name the input themselves, so that no run is
+            read unless `--run` is given.
     """
     room = str(cls.model_config.get("env_prefix", "")).removeprefix("MOECTL_").strip("_").lower()
     flags = {
@@ -82,11 +90,13 @@ def command(
     }
 
     def decorate(function: Callable[..., Any]) -> Callable[..., None]:
-        own = list(inspect.signature(function).parameters.values())[1:]
+        own = dict(list(inspect.signature(function).parameters.items())[1:])
 
         @functools.wraps(function)
         def run_command(**values: Any) -> None:
-            common = {name: values.pop(name) for name in list(values) if name in COMMON}
+            common = {name: values[name] for name in COMMON & set(values)}
+            values = {name: values[name] for name in values if name in own or name not in common}
+            common["run"] = _reference(common, [values.get(name) for name in standalone])
             given = {key: values.pop(python_name(key)) for key in flags}
             given = {key: value for key, value in given.items() if value is not None}
             console.setup(quiet=common["quiet"], as_json=common["json"])
@@ -98,13 +108,18 @@ def command(
                 _prepare(request)
                 function(request, **values)
 
-        parameters = [*own, *(field_option(key, info) for key, info in flags.items())]
-        parameters += common_options(room, train)
+        parameters = [*own.values(), *(field_option(key, info) for key, info in flags.items())]
+        parameters += common_options(room, train, run_alias)
         run_command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run_command.dropped = dropped or {}  # type: ignore[attr-defined]
         return run_command
 
     return decorate
+
+
+def _reference(common: Mapping[str, Any], others: Sequence[Any]) -> str:
+    """Return the run to read: the newest, unless there is something else to read."""
+    return common.get("run") or ("" if any(others) else "latest")
 
 
 def _size(size: Callable[[Any], dict[str, Any]] | None, settings: Settings) -> dict[str, Any]:
@@ -140,7 +155,7 @@ def _request(
         raise UserError(
             "--resume and --out exclude each other", "--resume REF already names the folder"
         )
-    if not train:
+    if not train and common["run"]:
         folder = _read(room, common["run"])
     stored = [folder / "settings.toml"] if folder else []
     settings, origin = resolve(cls, given, common["set"], [*stored, *files])
@@ -159,7 +174,7 @@ def _request(
         out=common.get("out"),
         resume=resume,
         folder=folder,
-        run=common.get("run", ""),
+        run="" if train else common["run"],
     )
 
 

@@ -77,25 +77,27 @@ def _complete_runs(room: str) -> Callable[[str], list[str]]:
     return complete
 
 
-COMMON = (
-    "preset",
-    "set",
-    "name",
-    "out",
-    "resume",
-    "run",
-    "dry_run",
-    "cpu",
-    "quiet",
-    "json",
-    "debug",
+COMMON = frozenset(
+    {
+        "preset",
+        "set",
+        "name",
+        "out",
+        "resume",
+        "run",
+        "dry_run",
+        "cpu",
+        "quiet",
+        "json",
+        "debug",
+    }
 )
 
 
-def common_options(room: str, train: bool) -> list[inspect.Parameter]:
+def common_options(room: str, train: bool, run_alias: str = "") -> list[inspect.Parameter]:
     """Return the options that every command of a system has, and those of its kind."""
     known, runs_of = _complete_presets(room), _complete_runs(room)
-    kind = _training_options(runs_of) if train else [_run_option(runs_of)]
+    kind = _training_options(runs_of) if train else [_run_option(runs_of, run_alias)]
     every = "Every setting with its origin and the size of the job; nothing is done."
     return [
         _option(list[str], [], "--preset", "-p", "Preset or TOML file; later ones win.", known),
@@ -118,9 +120,9 @@ def _training_options(runs_of: Callable[[str], list[str]]) -> list[inspect.Param
     ]
 
 
-def _run_option(runs_of: Callable[[str], list[str]]) -> inspect.Parameter:
-    which = "The run to read: path, name or latest (finished), with @best, @last, @EPOCH."
-    return _option(str, "latest", "--run", "", which, runs_of, "REF")
+def _run_option(runs_of: Callable[[str], list[str]], alias: str) -> inspect.Parameter:
+    which = "The run to read: path, name or latest (finished, default), with @best, @last, @EPOCH."
+    return _option(str | None, None, "--run", alias, which, runs_of, "REF")
 
 
 def _option(  # noqa: PLR0913 - the columns of a table

@@ -12,9 +12,13 @@ from moectl.engine.files import write_bytes
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.legend import Legend
 
 Values = Sequence[float | None]
 """Numbers to draw; None leaves a gap."""
+
+Curves = Mapping[str, tuple[Sequence[float], Values]]
+"""Name of the curve to (x, y)."""
 
 Scale = Literal["plain", "percent", "log"]
 """How an axis is written; `percent` is for fractions."""
@@ -23,13 +27,14 @@ Scale = Literal["plain", "percent", "log"]
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#4D4D4D")
 _STYLES = ("-", "--", ":", "-.")
 _INK, _GRID = "#262626", "#E3E3E3"
+_PLAIN: dict[str, Any] = {"fontsize": 9, "frameon": False}  # legends
 _NAMED = 30  # more names than this on an axis could not be read
 _WRITTEN = 12  # a heat map with more classes than this has no room for numbers
 
 
 def lines(
     path: Path,
-    series: Mapping[str, tuple[Sequence[float], Values]],
+    series: Curves,
     *,
     title: str,
     x_label: str,
@@ -40,30 +45,87 @@ def lines(
 
     Args:
         path: the PNG file.
-        series: name to (x, y).
+        series: the curves.
         title: above the axes.
         x_label: below the axes.
         y_label: beside the axes.
         scale: of the y axis.
     """
-    from matplotlib.ticker import MaxNLocator
-
     figure = _figure(6.4, 4.0)
     axes = _axes(figure, (1, 1, 1), title=title, x_label=x_label, y_label=y_label, scale=scale)
-    for number, (xs, ys) in enumerate(series.values()):
+    drawn = _draw_lines(axes, series, {name: number for number, name in enumerate(series)})
+    _legend(axes, list(drawn.values()), list(drawn))
+    _save(figure, path)
+
+
+def line_panels(
+    path: Path,
+    panels: Mapping[str, Curves],
+    *,
+    title: str,
+    x_label: str,
+    scale: Scale = "plain",
+    looks: Mapping[str, int] | None = None,
+) -> None:
+    """Draw curves in several panels, two beside each other, with one legend below all of them.
+
+    Args:
+        path: the PNG file.
+        panels: label of the y axis to curves; a name looks the same in every panel.
+        title: above all panels.
+        x_label: below the lowest panels.
+        scale: of the y axes.
+        looks: name to the number of its look: numbers that differ by the length of the palette
+            share their colour and differ in line style. Left out, names are numbered in order.
+    """
+    columns = min(2, max(len(panels), 1))
+    rows = max(1, math.ceil(len(panels) / columns))
+    names = list(dict.fromkeys(name for curves in panels.values() for name in curves))
+    looks = looks or {name: number for number, name in enumerate(names)}
+    legend_rows = max(1, math.ceil(len(names) / 4))
+    figure = _figure(5.2 * columns, 3.4 * rows + 0.2 * legend_rows + 0.4)
+    figure.set_layout_engine("constrained", wspace=0.05)  # labels keep off the panel before
+    figure.suptitle(title, fontsize=12, color=_INK, parse_math=False)
+    drawn: dict[str, Any] = {}
+    for number, (label, curves) in enumerate(panels.items(), 1):
+        axes = _axes(
+            figure,
+            (rows, columns, number),
+            title="",
+            x_label=x_label if number > len(panels) - columns else "",
+            y_label=label,
+            scale=scale,
+        )
+        drawn |= _draw_lines(axes, curves, looks)
+    legend = figure.legend(
+        [drawn[name] for name in names],
+        [""] * len(names),
+        loc="outside lower center",
+        ncols=max(1, math.ceil(len(names) / legend_rows)),
+        handlelength=3.0,  # as long as a line style needs to be told from another
+        **_PLAIN,
+    )
+    _write_names(legend, names)
+    _save(figure, path)
+
+
+def _draw_lines(axes: "Axes", curves: Curves, looks: Mapping[str, int]) -> dict[str, Any]:
+    """Draw curves and return name to line."""
+    from matplotlib.ticker import MaxNLocator
+
+    for name, (xs, ys) in curves.items():
         axes.plot(
             xs,
             _known(ys),
-            color=PALETTE[number % len(PALETTE)],
-            linestyle=_STYLES[number // len(PALETTE) % len(_STYLES)],
+            color=PALETTE[looks[name] % len(PALETTE)],
+            linestyle=_STYLES[looks[name] // len(PALETTE) % len(_STYLES)],
             linewidth=1.8,
             marker="o" if len(ys) <= 20 else "",  # a single point has no line to be seen
             markersize=3.5,
         )
-    if all(float(x).is_integer() for xs, _ in series.values() for x in xs):
+    if all(float(x).is_integer() for xs, _ in curves.values() for x in xs):
         axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
-    _legend(axes, axes.get_lines(), list(series))
-    _save(figure, path)
+    return dict(zip(curves, axes.get_lines(), strict=True))
 
 
 def bars(
@@ -213,7 +275,7 @@ def reliability(
         )
         _draw_bins(axes, [entry for entry in bins if entry["accuracy"] is not None])
     drawn = figure.axes[0].get_legend_handles_labels() if panels else ([], [])
-    figure.legend(*drawn, loc="outside lower center", ncols=3, fontsize=9, frameon=False)
+    figure.legend(*drawn, loc="outside lower center", ncols=3, **_PLAIN)
     _save(figure, path)
 
 
@@ -313,9 +375,12 @@ def _legend(axes: "Axes", handles: Sequence[Any], names: Sequence[str]) -> None:
         bbox_to_anchor=(1, 1),
         borderaxespad=0.2,
         ncols=min(len(names), 3),
-        fontsize=9,
-        frameon=False,
+        **_PLAIN,
     )
+    _write_names(legend, names)
+
+
+def _write_names(legend: "Legend", names: Sequence[str]) -> None:
     for text, name in zip(legend.get_texts(), names, strict=True):
         text.set_parse_math(False)
         text.set_text(name)

@@ -61,3 +61,39 @@ def test_presets_of_the_paper_find_their_figures(root: Any) -> None:
     assert found["cifar100_ir100"] == 0.520
     assert found["cifar100_ir100_long"] == 0.559
     assert found["imagenet_lt_r50_long"] == 0.608
+
+
+@pytest.mark.parametrize(
+    ("changes", "worst"),
+    [
+        ({}, 0.883),
+        ({"model.arch": "resnet50", "data.augment": "autoaugment"}, 0.883),
+        ({"data.dataset": "imagenet_lt"}, 0.685),
+        ({"data.dataset": "inat18"}, 0.162),
+        ({"data.imbalance_ratio": 10.0}, None),
+        ({"data.profile": "step"}, None),
+        ({"data.dataset": "cifar10"}, None),
+    ],
+)
+def test_areas_are_those_of_the_same_data(changes: dict[str, Any], worst: float | None) -> None:
+    found = published.published_areas({**STANDARD, **changes})
+    assert (found["Chow"].worst if found else None) == worst
+
+
+def test_the_worst_group_is_never_better_than_the_mean() -> None:
+    for methods in published.PUBLISHED_AREAS.values():
+        assert len(methods) == 6
+        assert all(area.balanced < area.worst for area in methods.values())
+
+
+def test_plug_in_rules_are_fairer_than_chow() -> None:
+    for methods in published.PUBLISHED_AREAS.values():
+        chow, plug_in = methods["Chow"], methods["Plug-in [Worst]"]
+        assert plug_in.balanced + plug_in.balanced_half_width < chow.balanced
+        assert plug_in.worst + plug_in.worst_half_width < chow.worst
+
+
+def test_every_published_area_says_what_it_is_of() -> None:
+    for dataset, ratio in published.PUBLISHED_AREAS:
+        settings = {**STANDARD, "data.dataset": dataset, "data.imbalance_ratio": float(ratio)}
+        assert published.REJECTION_PAPER in published.area_departures(settings)

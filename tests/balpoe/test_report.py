@@ -125,6 +125,29 @@ def folder() -> Path:
     return folder
 
 
+def rejection(error: float) -> dict[str, Any]:
+    """Write what an evaluation of Chow's rule at two rates leaves."""
+    flat = {"balanced_error": [error] * 2, "worst_error": [error] * 2}
+    curve = {**flat, "standard_error": [error] * 2, "gap": [0.0] * 2}
+    curve |= {"group_errors": [[error] * 2] * 2, "group_coverage": [[1.0] * 2, [0.6] * 2]}
+    areas = {kind: {"normalised": error, "span": 0.4} for kind in ("balanced", "worst")}
+    method = {"aurc": areas, "curve": {"matched": curve}}
+    return {
+        "weights": {"file": "model_best.pth", "sha256": "0", "epoch": 3},
+        "groups": {"names": ["head", "tail"], "of_class": [0, 1, 1]},
+        "rates": [0.0, 0.4],
+        "test_images": 16,
+        "val_images": 4,
+        "priors": {"train": {"methods": {"chow": method}, "costs": []}},
+    }
+
+
+def write_rejection(folder: Path, tag: str, error: float) -> None:
+    place = folder / "evals" / f"rejection@{tag}"
+    place.mkdir()
+    (place / "metrics.json").write_text(json.dumps(rejection(error)))
+
+
 def written(folder: Path) -> str:
     report(folder)
     return (folder / "report.md").read_text()
@@ -202,6 +225,31 @@ def test_shifted_accuracies_stand_beside_the_published_ones(folder: Path) -> Non
     text = written(folder)
     assert row(text, "forward 50")[1:] == ["20", "61.0", "64.0", "65.1", "70.3"]
     assert row(text, "backward 50")[1:] == ["20", "61.0", "64.0", "36.1", "46.1"]
+
+
+def test_rejection_stands_after_the_shifted_test_sets(folder: Path) -> None:
+    write_rejection(folder, "last", 0.25)
+    text = written(folder)
+    assert text.index("## Shifted") < text.index("## Rejection, weights `last`")
+    assert text.index("## Rejection") < text.index("## Plots")
+    assert row(text, "`chow`")[1] == "25.0"
+    assert row(text, "published: Chow")[1] == "50.9 ± 0.2"
+    assert "(plots/risk_coverage_curves.png)" in text
+    assert (folder / "plots" / "risk_coverage_groups.png").exists()
+
+
+def test_rejection_is_told_of_the_last_epoch_then_the_best_then_any(folder: Path) -> None:
+    for tag, error in (("epoch50", 0.1), ("best", 0.2), ("last", 0.3)):
+        write_rejection(folder, tag, error)
+        text = written(folder)
+        assert f"## Rejection, weights `{tag}`" in text
+        assert row(text, "`chow`")[1] == f"{100 * error:.1f}"
+
+
+def test_a_torn_evaluation_of_rejection_is_left_out(folder: Path) -> None:
+    write_rejection(folder, "last", 0.3)
+    (folder / "evals" / "rejection@last" / "metrics.json").write_text('{"priors": ')
+    assert "## Rejection" not in written(folder)
 
 
 def test_the_best_epoch_is_shown_in_detail_where_the_last_was_not_measured(folder: Path) -> None:

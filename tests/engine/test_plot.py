@@ -46,7 +46,15 @@ def draw_reliability(path: Path) -> None:
     plot.reliability(path, {str(number): bins(0.1 * number) for number in range(6)}, title="t")
 
 
-@pytest.mark.parametrize("draw", [draw_lines, draw_bars, draw_panels, draw_map, draw_reliability])
+def draw_line_panels(path: Path) -> None:
+    panels = {"u": {"a": ([0, 1], [0.5, None])}, "v": {"b": ([0], [0.2])}, "w": {}}
+    plot.line_panels(path, panels, title="t", x_label="x", scale="percent")
+
+
+DRAWN = (draw_lines, draw_line_panels, draw_bars, draw_panels, draw_map, draw_reliability)
+
+
+@pytest.mark.parametrize("draw", DRAWN)
 def test_every_plot_is_a_png_with_the_same_bytes_each_time(draw: Any, tmp_path: Path) -> None:
     draw(tmp_path / "one.png")
     draw(tmp_path / "two.png")
@@ -59,6 +67,28 @@ def test_every_series_has_its_colour(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     plot.lines(path, {str(y): ([0, 1], [y, y]) for y in range(3)}, **LABELS)
     assert [has_colour(path, colour) for colour in plot.PALETTE[:4]] == [True, True, True, False]
+
+
+def test_a_name_has_one_colour_in_all_panels(tmp_path: Path) -> None:
+    path, flat = tmp_path / "a.png", ([0, 1], [0.5, 0.5])
+    plot.line_panels(path, {"u": {"a": flat, "b": flat}, "v": {"b": flat}}, title="t", x_label="x")
+    half = pixels(path).width // 2
+    image = pixels(path)
+    image.crop((half, 0, image.width, image.height - 80)).save(tmp_path / "right.png")
+    found = [has_colour(tmp_path / "right.png", colour) for colour in plot.PALETTE[:2]]
+    assert found == [False, True]
+
+
+def test_looks_of_one_colour_differ_in_style(tmp_path: Path) -> None:
+    def ink(look: int) -> int:
+        path = tmp_path / "a.png"
+        panels = {"u": {"a": (list(range(30)), [0.5] * 30)}}
+        plot.line_panels(path, panels, title="t", x_label="x", looks={"a": look})
+        blue = (0x00, 0x72, 0xB2)
+        return sum(count for count, found in pixels(path).getcolors(2**24) if found == blue)
+
+    solid, dashed, dotted = (ink(number * len(plot.PALETTE)) for number in range(3))
+    assert solid > 1.2 * dashed > 1.2 * dotted > 0
 
 
 def test_none_leaves_a_gap(tmp_path: Path) -> None:
@@ -83,6 +113,7 @@ def test_names_are_text_whatever_they_hold(tmp_path: Path) -> None:
     names = ["$x_$", "_hidden", "鹿", "a\\b{"]
     series = {name: ([0, 1], [0, number]) for number, name in enumerate(names)}
     plot.lines(tmp_path / "a.png", series, title="$\\bad$", x_label="_", y_label="%")
+    plot.line_panels(tmp_path / "d.png", {"$\\bad$": series}, title="$", x_label="_")
     square = [[0.25] * 4] * 4
     plot.heat_map(tmp_path / "b.png", square, **LABELS, names=names)
     plot.reliability(tmp_path / "c.png", {name: bins(0.1) for name in names}, title="$")

@@ -1,0 +1,172 @@
+"""A fitted plug-in as a file, and how it is applied to the outputs of experts."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moectl import __version__
+from moectl.balpoe.groups import Groups, read_json
+from moectl.balpoe.losses import log_posterior, log_prior
+from moectl.balpoe.rule import Plugin
+from moectl.engine.errors import UserError
+from moectl.engine.files import is_file
+from moectl.engine.settings import nearest
+
+FILE = "optimized_parameters.json"
+_CHUNK = 8192
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A plug-in and what it takes to apply it to expert logits."""
+
+    plugin: Plugin
+    posterior: str
+    """`poe`, `mixture` or `single:E`."""
+    expert_weights: list[float]
+    prior: Tensor
+    """(C,) label prior it was fitted for."""
+    class_counts: list[int]
+    class_names: list[str]
+    taus: list[float]
+    weights: dict[str, Any]
+    """`file`, `sha256` and `epoch` of the classifier."""
+    config: dict[str, Any]
+    """The settings of the fit, and the seed of its halves."""
+
+    def posteriors(self, logits: Tensor) -> Tensor:
+        """Return the posteriors (N, C), float64, that the rule wants, for logits (N, E, C)."""
+        shares = torch.tensor(self.expert_weights)
+        return posteriors(logits, self.class_counts, self.taus, self.prior, self.posterior, shares)
+
+
+def posteriors(
+    logits: Tensor,
+    class_counts: Sequence[int],
+    taus: Sequence[float],
+    prior: Tensor,
+    kind: str = "poe",
+    weights: Tensor | None = None,
+) -> Tensor:
+    """Combine expert logits (N, E, C) into posteriors (N, C), float64, under a label prior (C,)."""
+    known, strengths = log_prior(class_counts).double(), torch.tensor(taus, dtype=torch.float64)
+    weights = None if weights is None else weights.double()
+    parts = (
+        log_posterior(part.double(), known, strengths, prior.log(), kind, weights).exp()
+        for part in torch.split(logits, _CHUNK)
+    )
+    return torch.cat(list(parts))
+
+
+def to_document(fitted: Fitted) -> dict[str, Any]:
+    """Write a fitted plug-in as plain types, for JSON."""
+    plugin = fitted.plugin
+    return {
+        "format": 1,
+        "moectl": __version__,
+        "checkpoint": fitted.weights,
+        "groups": {"names": list(plugin.groups.names), "of_class": list(plugin.groups.of_class)},
+        "objective": fitted.config["objective"],
+        "mu_method": fitted.config["mu_method"],
+        "posterior": fitted.posterior,
+        "expert_weights": fitted.expert_weights,
+        "tau_list": fitted.taus,
+        "label_prior": fitted.prior.tolist(),
+        "class_counts": fitted.class_counts,
+        "class_names": fitted.class_names,
+        "config": fitted.config,
+        "points": [_point(plugin, number) for number in range(len(plugin.rates))],
+    }
+
+
+def _point(plugin: Plugin, number: int) -> dict[str, Any]:
+    mu, errors = plugin.mu[number].tolist(), plugin.errors[number]
+    threshold = float(plugin.thresholds[number])
+    return {
+        "rate": plugin.rates[number],
+        "cost": plugin.costs[number],
+        "lambda_0": mu[1] - mu[0] if len(mu) == 2 else None,
+        "alpha": plugin.alpha[number].tolist(),
+        "mu": mu,
+        "group_weights": plugin.beta[number].tolist(),
+        "rejection_threshold": None if threshold == float("-inf") else threshold,
+        "rejection": float(plugin.rejection[number]),
+        "balanced_error": float(errors.mean()),
+        "worst_group_error": float(errors.max()),
+        "group_errors": errors.tolist(),
+        "trace": {name: values[:, number].tolist() for name, values in plugin.trace.items()},
+    }
+
+
+def read_plugin(path: Path) -> Fitted:
+    """Read a plug-in that `moectl balpoe plugin` wrote.
+
+    Raises:
+        UserError: if the file is missing, damaged or something else.
+    """
+    document = read_json(path)
+    try:
+        return _from_document(document)
+    except (KeyError, TypeError, ValueError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else str(error)
+        raise UserError(f"{path}: not a plug-in of moectl balpoe plugin ({reason})") from None
+
+
+def _from_document(document: Any) -> Fitted:
+    points = document["points"]
+    groups = document["groups"]
+
+    def column(name: str) -> Tensor:
+        return torch.tensor([point[name] for point in points], dtype=torch.float64)
+
+    thresholds = [point["rejection_threshold"] for point in points]
+    plugin = Plugin(
+        groups=Groups(tuple(groups["names"]), tuple(groups["of_class"])),
+        rates=tuple(point["rate"] for point in points),
+        costs=tuple(point["cost"] for point in points),
+        alpha=column("alpha"),
+        mu=column("mu"),
+        thresholds=torch.tensor(
+            [float("-inf") if value is None else value for value in thresholds],
+            dtype=torch.float64,
+        ),
+        beta=column("group_weights"),
+        rejection=column("rejection"),
+        errors=column("group_errors"),
+        trace={},
+    )
+    if plugin.alpha.shape != (len(points), len(groups["names"])) or not points:
+        raise ValueError("alpha is not one number for each group")
+    return Fitted(
+        plugin=plugin,
+        posterior=document["posterior"],
+        expert_weights=document["expert_weights"],
+        prior=torch.tensor(document["label_prior"], dtype=torch.float64),
+        class_counts=document["class_counts"],
+        class_names=document["class_names"],
+        taus=document["tau_list"],
+        weights=document["checkpoint"],
+        config=document["config"],
+    )
+
+
+def find_plugin(folder: Path | None, name: str) -> Path:
+    """Return the file of a saved plug-in: a path, a name in the run, or the newest of the run.
+
+    Raises:
+        UserError: if there is none.
+    """
+    if is_file(Path(name)) and name:
+        return Path(name)
+    files = {path.parent.name: path for path in folder.glob(f"plugins/*/{FILE}")} if folder else {}
+    if name in files:
+        return files[name]
+    if name or not files:
+        where = f"{folder}: " if folder else ""
+        what = f"no plug-in {name}{nearest(name, list(files))}" if name else "no plug-in yet"
+        raise UserError(f"{where}{what}", "moectl balpoe plugin --run REF fits one")
+    return max(files.values(), key=lambda path: path.stat().st_mtime_ns)

@@ -1,0 +1,202 @@
+"""What trained weights say about held-out images, computed once and kept in the run folder."""
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from moectl.balpoe.data import Data, load
+from moectl.balpoe.logits import Outputs, read_facts, read_outputs, write_outputs
+from moectl.balpoe.model import BalpoeNet
+from moectl.balpoe.settings import BalpoeSettings
+from moectl.engine import artefact
+from moectl.engine.errors import UserError
+from moectl.engine.files import is_file
+from moectl.engine.launch import build_accelerator, gather_rows
+from moectl.engine.references import find_weights, split_reference
+from moectl.engine.run import read_record
+from moectl.engine.sources import Source
+from moectl.engine.tracking import loads_or_none
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+log = logging.getLogger(__name__)
+
+LOGITS = "logits.safetensors"
+"""In the run of somebody else's classifier, what stands for its weights."""
+_PLACES = ("root", "images", "workers", "download")
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A trained classifier, as far as its outputs tell."""
+
+    outputs: Outputs
+    folder: Path
+    """The run."""
+    weights: dict[str, Any]
+    """`file`, `sha256` and `epoch`."""
+    tag: str
+    """`last`, `best`, `epoch50` … or `logits`."""
+    is_main: bool
+    """Whether this process writes."""
+
+
+def open_classifier(
+    settings: BalpoeSettings, reference: str, folder: Path, cpu: bool
+) -> Classifier:
+    """Return the outputs of the weights that a reference names; compute them if they are new.
+
+    Args:
+        settings: those of the run.
+        reference: to the run and its weights.
+        folder: the run it names.
+        cpu: stay on the CPU.
+
+    Raises:
+        UserError: if the weights do not fit, or the data is not split as in the training.
+    """
+    if is_file(folder / LOGITS):
+        return _of_others(settings, folder, cpu)
+    path = find_weights(reference, "balpoe")
+    weights = artefact.load(path)
+    if not weights.facts:
+        raise UserError(
+            f"{path}: has no {path.name}.json beside it", "moectl balpoe import makes a run of it"
+        )
+    accelerator = build_accelerator(settings.train, cpu, str(read_record(path.parent)["precision"]))
+    cache = path.parent / "logits" / f"{weights.sha256[:16]}.safetensors"
+    key = _key(settings, weights.sha256)
+    if read_facts(cache).get("key") == key:
+        outputs = read_outputs(cache, 0.5, 0)
+    else:
+        with accelerator.main_process_first():
+            data = load(settings.data, settings.train.seed)
+        _same_data(data, settings, weights.facts, path.parent)
+        model = rebuild(weights).to(accelerator.device)
+        outputs = outputs_of(model, data, settings, accelerator, weights.sha256)
+        if accelerator.is_main_process:
+            _keep(cache, outputs, key)
+    entry = {"file": path.name, "sha256": weights.sha256, "epoch": weights.facts["epoch"]}
+    tag = _tag(reference, entry["epoch"])
+    return Classifier(outputs, path.parent, entry, tag, accelerator.is_main_process)
+
+
+def _of_others(settings: BalpoeSettings, folder: Path, cpu: bool) -> Classifier:
+    accelerator = build_accelerator(settings.train, cpu)
+    outputs = read_outputs(folder / LOGITS, settings.data.val_fraction, settings.train.seed)
+    entry = {"file": LOGITS, "sha256": outputs.weights, "epoch": 0}
+    return Classifier(outputs, folder, entry, "logits", accelerator.is_main_process)
+
+
+def rebuild(weights: artefact.Artefact) -> nn.Module:
+    """Return the trained network in eval mode."""
+    model = BalpoeNet(**weights.facts["arguments"])
+    model.load_state_dict(weights.payload["state_dict"])
+    return model.to(memory_format=torch.channels_last).eval()
+
+
+def outputs_of(
+    model: nn.Module,
+    data: Data,
+    settings: BalpoeSettings,
+    accelerator: "Accelerator",
+    sha256: str,
+) -> Outputs:
+    """Compute the outputs of a model, in eval mode, on the validation and test images."""
+    size = settings.eval.batch_size
+    test_logits, test_labels = predict(model, data.test, accelerator, size)
+    val_logits, val_labels = predict(model, data.val, accelerator, size)
+    return Outputs(
+        val_logits=val_logits,
+        val_labels=val_labels,
+        test_logits=test_logits,
+        test_labels=test_labels,
+        class_counts=list(data.class_counts),
+        taus=list(settings.taus),
+        class_names=list(data.class_names),
+        val_indices=data.val_indices,
+        test_indices=data.test_indices,
+        weights=sha256,
+    )
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module, source: Source, accelerator: "Accelerator", batch_size: int, batches: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Return the expert logits (N, E, K) in fp32 and the labels (N,), in order, on the CPU.
+
+    Args:
+        model: in eval mode, the same on every process.
+        source: the data; dealt out over all processes.
+        accelerator: devices and processes.
+        batch_size: images per forward pass.
+        batches: stop after so many; 0 takes all.
+    """
+    rank, world = accelerator.process_index, accelerator.num_processes
+    kept = []
+    ordered = source.ordered(batch_size, accelerator.device, rank, world)
+    for number, (images, labels) in enumerate(ordered, 1):
+        with accelerator.autocast():
+            logits = model(images.to(memory_format=torch.channels_last))
+        kept.append((logits.float(), labels))
+        if number == batches:
+            break
+    logits = torch.cat([part for part, _ in kept])
+    labels = torch.cat([part for _, part in kept])
+    total = len(source)
+    return gather_rows(accelerator, logits, total).cpu(), gather_rows(
+        accelerator, labels, total
+    ).cpu()
+
+
+def _key(settings: BalpoeSettings, sha256: str) -> str:
+    """Name what the outputs depend on: weights, images and their division; not where they lie."""
+    data = settings.data.model_dump(mode="json", exclude=set(_PLACES))
+    return json.dumps({"weights": sha256, "seed": settings.train.seed, **data}, sort_keys=True)
+
+
+def _keep(cache: Path, outputs: Outputs, key: str) -> None:
+    try:
+        cache.parent.mkdir(exist_ok=True)
+        write_outputs(cache, outputs, {"key": key})
+    except OSError as error:
+        log.warning("%s: not kept for the next time (%s)", cache, error.strerror)
+
+
+def _tag(reference: str, epoch: int) -> str:
+    if Path(reference).is_file():
+        return f"epoch{epoch}"
+    wanted = split_reference(reference)[1] or "last"
+    return wanted if wanted in ("best", "last") else f"epoch{epoch}"
+
+
+def _same_data(
+    data: Data, settings: BalpoeSettings, facts: Mapping[str, Any], folder: Path
+) -> None:
+    """Refuse to read the outputs of weights by another prior, or to test on validation images."""
+    expected: dict[str, list[float]] = {
+        "class_counts": [*data.class_counts],
+        "taus": list(settings.taus),
+    }
+    for name, value in expected.items():
+        if value != facts[name]:
+            raise UserError(
+                f"{folder}: the weights were trained with {name} {_brief(facts[name])},"
+                f" the settings now give {_brief(value)}",
+                "leave data, loss and the environment as they were in the training",
+            )
+    stored = loads_or_none(folder / "split.json")
+    if stored is not None and stored != {"val": data.val_indices, "test": data.test_indices}:
+        raise UserError(f"{folder / 'split.json'}: the data is split otherwise now")
+
+
+def _brief(values: Sequence[float]) -> str:
+    return ", ".join(map(str, values[:5])) + (" …" if len(values) > 5 else "")
