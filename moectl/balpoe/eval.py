@@ -16,6 +16,7 @@ from moectl.balpoe.inference import open_classifier
 from moectl.balpoe.logits import Outputs
 from moectl.balpoe.longtail import shifted_indices
 from moectl.balpoe.losses import log_posterior, log_prior, target_log_priors, to_uniform
+from moectl.balpoe.priors import estimate_prior
 from moectl.balpoe.report import report
 from moectl.balpoe.settings import BalpoeSettings
 from moectl.common import calibration as calibrated
@@ -193,11 +194,12 @@ def _calibration(
 def shifted_table(
     logits: Tensor, labels: Tensor, prior: Tensor, ratios: tuple[float, ...]
 ) -> list[dict[str, Any]]:
-    """Accuracy under shifted test distributions, without and with knowledge of the test prior.
+    """Accuracy under shifted test distributions: prior unknown, estimated from the images, known.
 
-    With a known prior q, log q is added to the ensemble logits, which aim at the uniform prior.
+    With a prior q, log q is added to the ensemble logits, which aim at the uniform prior.
     """
     ensemble = logits.mean(1)
+    uniform = torch.zeros(len(prior))
     shapes: list[tuple[Literal["forward", "uniform", "backward"], float]] = [
         *(("forward", ratio) for ratio in ratios),
         ("uniform", 1.0),
@@ -212,12 +214,14 @@ def shifted_table(
         kept, truth = ensemble[chosen], labels[chosen]
         counts = torch.bincount(truth, minlength=len(prior)).double()
         known = kept + (counts / counts.sum() + 1e-12).log()
+        estimated = kept + (estimate_prior(kept.log_softmax(1), uniform) + 1e-12).log()
         rows.append(
             {
                 "profile": profile,
                 "ratio": ratio,
                 "images": len(truth),
                 "accuracy": scores.accuracy(kept.argmax(1), truth),
+                "accuracy_estimated_prior": scores.accuracy(estimated.argmax(1), truth),
                 "accuracy_known_prior": scores.accuracy(known.argmax(1), truth),
             }
         )

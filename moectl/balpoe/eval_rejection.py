@@ -18,7 +18,7 @@ from moectl.engine.files import write_json, write_text
 
 log = logging.getLogger(__name__)
 
-PRIORS = ("train", "uniform")
+PRIORS = {"train": "as in training", "uniform": "all equal"}
 TITLES = {
     "balpoe": "BalPoE",
     "plugin_single": "Plugin_Single",
@@ -55,19 +55,12 @@ def evaluate_rejection(
         )
         for name, fitted in saved.items():
             _check_saved(name, fitted, found, groups)
-        by_prior = {
-            name: compare(
-                Task(
-                    outputs,
-                    settings,
-                    groups,
-                    label_prior(name, outputs.class_counts),
-                    settings.train.seed,
-                ),
-                saved,
-            )
-            for name in PRIORS
-        }
+        by_prior = {}
+        for name, words in PRIORS.items():
+            log.info("rejection: class shares %s", words)
+            prior = label_prior(name, outputs.class_counts)
+            task = Task(outputs, settings, groups, prior, settings.train.seed)
+            by_prior[name] = compare(task, saved)
     except (UserError, ValueError) as error:
         if plugins:
             raise UserError(str(error)) from None

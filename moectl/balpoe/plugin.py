@@ -18,6 +18,7 @@ from moectl.balpoe.longtail import split_indices
 from moectl.balpoe.priors import label_prior
 from moectl.balpoe.rejection import Method, fit_plugin
 from moectl.balpoe.settings import BalpoeSettings, PluginSection
+from moectl.common.calibration import expected_calibration_error, reliability
 from moectl.common.scores import prior_weights
 from moectl.engine.command import Request, open_run
 from moectl.engine.errors import UserError
@@ -28,6 +29,7 @@ log = logging.getLogger(__name__)
 
 _STEPS = 5  # the simplex of expert weights is searched in steps of a fifth
 _MOST_WEIGHTS = 1000
+_MISCALIBRATED = 0.1
 
 
 def method_of(section: PluginSection, seed: int) -> Method:
@@ -72,22 +74,31 @@ def fit(
         fitted = posteriors(
             outputs.val_logits, counts, outputs.taus, prior, section.posterior, shares
         )
+        weights = prior_weights(outputs.val_labels, prior)
         plugin = fit_plugin(
             fitted,
             outputs.val_labels,
             groups,
             rates=section.rates,
             costs=section.costs,
-            weights=prior_weights(outputs.val_labels, prior),
+            weights=weights,
             method=method_of(section, seed),
         )
     except ValueError as error:
         _explain(error, section)
+    _warn(fitted, outputs.val_labels, weights)
     config = {**section.model_dump(mode="json"), "seed": seed}
     return Fitted(
         plugin, section.posterior, shares.tolist(), prior, counts, outputs.class_names,
         outputs.taus, {}, config,
     )  # fmt: skip
+
+
+def _warn(fitted: Tensor, labels: Tensor, weights: Tensor) -> None:
+    """Say so if the posteriors are not what the theory takes them for."""
+    error = expected_calibration_error(reliability(fitted, labels, weights=weights))
+    if error > _MISCALIBRATED:
+        log.warning("the posteriors are off by %.0f %% (ECE); the rule trusts them", 100 * error)
 
 
 def _explain(error: ValueError, section: PluginSection) -> NoReturn:

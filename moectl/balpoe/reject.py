@@ -75,7 +75,14 @@ def run_reject(request: Request, choice: Choice) -> list[dict[str, Any]]:
         raise UserError(
             f"{path}: {error}", "choose with --target-rate or --cost, or fit another plug-in"
         ) from None
-    log.info("%s: %d of %d rejected", path, int(decided.rejected.sum()), len(items.names))
+    expected = choice.test_prior or fitted.config["label_prior"]
+    log.info(
+        "%s: %d of %d rejected; classes are expected to be as frequent as in %s",
+        path,
+        int(decided.rejected.sum()),
+        len(items.names),
+        {"train": "training", "em": "the estimate"}.get(expected, expected),
+    )
     columns = zip(items.names, *(part.tolist() for part in decided), strict=True)
     return [
         {

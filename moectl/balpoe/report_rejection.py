@@ -22,7 +22,7 @@ METHODS = {
     "plugin_single": "the plug-in rule for the balanced error on the most balanced expert",
     "plugin_balpoe_avg": "the plug-in rule on the ensemble of equal weights",
     "moe_plugin": "the plug-in rule on the ensemble of fitted weights",
-    "plugin_single_worst": "the plug-in rule for the worst group's error on the most balanced expert",
+    "plugin_single_worst": "the plug-in rule for the worst group on the most balanced expert",
     "plugin_balpoe_avg_worst": "that rule on the ensemble of equal weights",
     "moe_plugin_worst": "that rule on the ensemble of fitted weights",
 }

@@ -6,6 +6,7 @@ costs of the settings.
 Sources: Chow 1970; Narasimhan et al. 2024.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -23,6 +24,8 @@ from moectl.balpoe.priors import label_prior
 from moectl.balpoe.rejection import fit_plugin
 from moectl.balpoe.settings import BalpoeSettings
 from moectl.common.scores import prior_weights
+
+log = logging.getLogger(__name__)
 
 Areas = dict[str, dict[str, curves.Area]]
 """Method to `balanced` and `worst`."""
@@ -227,6 +230,7 @@ def _areas(task: Task, method: Rejector, measure: Any) -> dict[str, curves.Area]
 
 def _trial(task: Task, number: int) -> Areas:
     """Divide the held-out items anew, fit everything again and measure the areas."""
+    log.info("rejection: division %d of %d", number + 1, task.settings.eval.trials)
     seed = task.seed + number
     own = task._replace(outputs=redivided(task.outputs, seed), seed=seed)
     return {name: _areas(own, method, _matched) for name, method in methods(own).items()}
