@@ -17,6 +17,7 @@ PUBLISHED_TAUS = {  # Source: Sanchez Aimar et al. 2023
     "imagenet_lt": (0.0, 1.25, 2.5),
     "inat18": (-1.0, 1.0, 3.0),
     "digits": (0.0, 1.0, 2.0),
+    "plugin": (0.0, 1.0, 2.0),
 }
 
 
@@ -25,7 +26,7 @@ def load(path: Path) -> Settings:
 
 
 def test_there_are_presets() -> None:
-    assert len(FILES) >= 19
+    assert len(FILES) >= 22
     assert {path.parent.parent for path in FILES} == {ROOT}, "presets/<room>/<name>.toml"
 
 

@@ -16,7 +16,7 @@ from moectl.balpoe.inference import open_classifier
 from moectl.balpoe.logits import Outputs
 from moectl.balpoe.longtail import shifted_indices
 from moectl.balpoe.losses import log_posterior, log_prior, target_log_priors, to_uniform
-from moectl.balpoe.priors import estimate_prior
+from moectl.balpoe.priors import calibrate, estimate_prior
 from moectl.balpoe.report import report
 from moectl.balpoe.settings import BalpoeSettings
 from moectl.common import calibration as calibrated
@@ -95,7 +95,7 @@ def measure(outputs: Outputs, settings: BalpoeSettings) -> dict[str, Any]:
         "accuracy": accuracy,
         "per_class": scores.per_class_accuracy(ensemble.argmax(1), labels, classes),
         "confusion": _confusion(ensemble, labels, classes),
-        "shifted": shifted_table(logits, labels, prior, settings.eval.shifts),
+        "shifted": shifted_table(outputs, settings.eval.shifts),
         "calibration": calibration,
         "reliability": reliability_table(logits, labels, prior, taus, settings.eval.bins),
         "diversity": asdict(scores.expert_diversity(fair, labels, scores.shot_groups(counts))),
@@ -191,30 +191,34 @@ def _calibration(
     return {**found, "kl": calibrated.marginal_kl(probabilities, target, weights)}
 
 
-def shifted_table(
-    logits: Tensor, labels: Tensor, prior: Tensor, ratios: tuple[float, ...]
-) -> list[dict[str, Any]]:
+def shifted_table(outputs: Outputs, ratios: tuple[float, ...]) -> list[dict[str, Any]]:
     """Accuracy under shifted test distributions: prior unknown, estimated from the images, known.
 
-    With a prior q, log q is added to the ensemble logits, which aim at the uniform prior.
+    With a prior q, log q is added to the ensemble logits, which aim at the uniform prior. The
+    estimate sees no test label; it counts on posteriors that fit the validation labels, and halfway
+    on the uniform prior.
     """
-    ensemble = logits.mean(1)
-    uniform = torch.zeros(len(prior))
+    labels, classes = outputs.test_labels, len(outputs.class_counts)
+    per_class = torch.bincount(labels, minlength=classes)
+    if not ratios or not per_class.min():
+        return []  # without items of every class there is no such distribution
+    ensemble, uniform = outputs.test_logits.mean(1), torch.zeros(classes)
+    correction = calibrate(outputs.val_logits.mean(1).log_softmax(1), outputs.val_labels)
     shapes: list[tuple[Literal["forward", "uniform", "backward"], float]] = [
         *(("forward", ratio) for ratio in ratios),
         ("uniform", 1.0),
         *(("backward", ratio) for ratio in reversed(ratios)),
     ]
     rows = []
-    per_class = torch.bincount(labels, minlength=len(prior))
-    n_max = int(per_class.max())
-    # Without items of every class there is no such distribution.
-    for profile, ratio in shapes if ratios and per_class.min() else []:
-        chosen = torch.as_tensor(shifted_indices(labels.numpy(), profile, ratio, n_max))
+    for profile, ratio in shapes:
+        numbers = shifted_indices(labels.numpy(), profile, ratio, int(per_class.max()))
+        chosen = torch.as_tensor(numbers)
         kept, truth = ensemble[chosen], labels[chosen]
-        counts = torch.bincount(truth, minlength=len(prior)).double()
+        counts = torch.bincount(truth, minlength=classes).double()
         known = kept + (counts / counts.sum() + 1e-12).log()
-        estimated = kept + (estimate_prior(kept.log_softmax(1), uniform) + 1e-12).log()
+        corrected = correction.apply(kept.log_softmax(1))
+        estimate = estimate_prior(corrected, uniform, pseudo_items=len(kept))
+        estimated = kept + (estimate + 1e-12).log()
         rows.append(
             {
                 "profile": profile,

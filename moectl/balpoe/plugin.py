@@ -3,10 +3,12 @@
 import itertools
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from moectl.balpoe.curves import curve
@@ -24,6 +26,7 @@ from moectl.engine.command import Request, open_run
 from moectl.engine.errors import UserError
 from moectl.engine.files import sha256, write_json
 from moectl.engine.run import Run
+from moectl.engine.settings import dump
 
 log = logging.getLogger(__name__)
 
@@ -195,7 +198,7 @@ def run_plugin(request: Request, logits: Path | None) -> tuple[dict[str, Any], s
     if logits and not request.folder:
         outputs = read_outputs(logits, settings.data.val_fraction, settings.train.seed)
         fitted = fit(outputs, settings.plugin, settings.train.seed)
-        with open_run(request) as run:
+        with open_run(replace(request, settings=_described(settings, outputs))) as run:
             return _keep(fitted, _adopt(run, logits, outputs), request.name)
     assert request.folder is not None
     found = open_classifier(settings, request.run, request.folder, request.cpu)
@@ -203,6 +206,18 @@ def run_plugin(request: Request, logits: Path | None) -> tuple[dict[str, Any], s
         found = _with_outputs(found, logits, settings)
     fitted = fit(found.outputs, settings.plugin, settings.train.seed)
     return _keep(fitted, found, request.name)
+
+
+def _described(settings: BalpoeSettings, outputs: Outputs) -> BalpoeSettings:
+    """Let the settings of the run say what is known of a classifier that came from elsewhere."""
+    tree = dump(settings)
+    tree["data"]["dataset"] = "list"
+    tree["model"]["experts"] = len(outputs.taus)
+    tree["loss"]["tau_list"] = outputs.taus
+    try:
+        return BalpoeSettings(**tree)
+    except ValidationError as error:
+        raise UserError(f"model.experts: {len(outputs.taus)} experts are too many") from error
 
 
 def _with_outputs(found: Classifier, path: Path, settings: BalpoeSettings) -> Classifier:

@@ -6,9 +6,10 @@ Letters: N items, C classes.
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moectl.balpoe.groups import read_json
@@ -87,8 +88,56 @@ def _number(entry: Any, place: str) -> float:
     return value
 
 
+class Correction(NamedTuple):
+    """What makes posteriors agree with labels."""
+
+    scale: float
+    bias: Tensor
+    """(C,)"""
+
+    def apply(self, log_posteriors: Tensor) -> Tensor:
+        """Return corrected log-posteriors, (N, C) float64."""
+        return torch.log_softmax(self.scale * log_posteriors.double() + self.bias, dim=1)
+
+
+def calibrate(log_posteriors: Tensor, labels: Tensor, weights: Tensor | None = None) -> Correction:
+    """Fit a temperature and a bias for each class to labelled items, by likelihood.
+
+    Afterwards the mean posterior is close to the class shares of the items, without which the
+    estimate of another label distribution drifts. Biases have a normal prior of variance 1.
+
+    Args:
+        log_posteriors: (N, C).
+        labels: (N,).
+        weights: (N,), not negative; equal when left out.
+
+    Source: Alexandari, Kundaje and Shrikumar 2020.
+    """
+    logits = log_posteriors.double()
+    weights = torch.ones(len(logits)) if weights is None else weights
+    shares = weights.double() / weights.sum()
+    log_scale = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    bias = torch.zeros(logits.shape[1], dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([log_scale, bias], max_iter=200, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        corrected = logits * log_scale.exp() + bias
+        misses = F.cross_entropy(corrected, labels, reduction="none")
+        total = misses @ shares + bias.square().sum() / (2 * len(logits))
+        torch.autograd.backward(total)
+        return total
+
+    optimizer.step(loss)  # type: ignore[no-untyped-call]
+    return Correction(float(log_scale.detach().exp()), bias.detach())
+
+
 def estimate_prior(
-    log_posteriors: Tensor, log_prior: Tensor, iterations: int = 1000, tolerance: float = 1e-8
+    log_posteriors: Tensor,
+    log_prior: Tensor,
+    iterations: int = 1000,
+    tolerance: float = 1e-8,
+    pseudo_items: float = 0.0,
 ) -> Tensor:
     """Estimate the label distribution of unlabelled items by expectation maximisation.
 
@@ -103,6 +152,8 @@ def estimate_prior(
         log_prior: (C,) under which they hold, likewise.
         iterations: steps at most.
         tolerance: the largest change of a class at which the steps end.
+        pseudo_items: so many items spread evenly over the classes are added, which steadies the
+            estimate where posteriors tell little.
 
     Returns:
         (C,) float64 with sum 1.
@@ -118,6 +169,7 @@ def estimate_prior(
     if not len(log_posteriors):
         raise ValueError("a label prior needs at least one item to be estimated from")
     estimate = log_prior.double().softmax(0)
+    even = (estimate > 0).double() / (estimate > 0).sum()
     ratios = (log_posteriors.double() - log_prior).masked_fill(estimate == 0, -math.inf)
     top = ratios.max(1, keepdim=True).values
     if not top.isfinite().all():
@@ -126,7 +178,8 @@ def estimate_prior(
     for _ in range(iterations):
         evidence = likelihoods @ estimate  # (N,)
         # The mean over items of likelihoods * estimate / evidence, without another (N, C).
-        updated = estimate * (evidence.reciprocal() @ likelihoods) / len(likelihoods)
+        counts = estimate * (evidence.reciprocal() @ likelihoods)
+        updated = (counts + pseudo_items * even) / (len(likelihoods) + pseudo_items)
         change = (updated - estimate).abs().max()
         estimate = updated
         if change < tolerance:

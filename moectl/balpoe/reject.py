@@ -13,10 +13,11 @@ from torch import Tensor
 from moectl.balpoe.data import folder_source
 from moectl.balpoe.fitted import FILE, Fitted, find_plugin, read_plugin
 from moectl.balpoe.inference import LOGITS, predict, rebuild
-from moectl.balpoe.logits import read_items, read_outputs
+from moectl.balpoe.logits import Outputs, read_items, read_outputs
 from moectl.balpoe.plugin import fit
-from moectl.balpoe.priors import estimate_prior, label_prior
+from moectl.balpoe.priors import calibrate, estimate_prior, label_prior
 from moectl.balpoe.settings import BalpoeSettings, PluginSection
+from moectl.common.scores import prior_weights
 from moectl.engine import artefact
 from moectl.engine.command import Request
 from moectl.engine.errors import UserError
@@ -26,6 +27,8 @@ from moectl.engine.run import read_record
 from moectl.engine.settings import from_toml
 
 log = logging.getLogger(__name__)
+
+_TINY = 1e-30  # a posterior of 0 has no log
 
 
 class Choice(NamedTuple):
@@ -165,7 +168,7 @@ def _refitted(path: Path, fitted: Fitted, kind: str, logits: Tensor) -> Fitted:
     """Fit again, to the validation items weighted to the label prior of the new items."""
     outputs = read_outputs(_stored(path, fitted), 0.5, 0)
     if kind == "em":
-        prior = estimate_prior(fitted.posteriors(logits).log(), fitted.prior.log())
+        prior = _estimate(fitted, outputs, logits)
         most = prior.argsort(descending=True)[:5].tolist()
         shares = ", ".join(f"{fitted.class_names[index]} {prior[index]:.3f}" for index in most)
         log.info("estimated label prior: %s …", shares)
@@ -175,6 +178,17 @@ def _refitted(path: Path, fitted: Fitted, kind: str, logits: Tensor) -> Fitted:
     seed = config.pop("seed")
     again = fit(outputs, PluginSection(**config), seed, prior, fitted.plugin.groups)
     return replace(again, weights=fitted.weights)
+
+
+def _estimate(fitted: Fitted, outputs: Outputs, logits: Tensor) -> Tensor:
+    """Estimate the label prior of new items, with posteriors that fit the validation labels."""
+    labels = outputs.val_labels
+    val, new = (
+        fitted.posteriors(part).clamp_min(_TINY).log() for part in (outputs.val_logits, logits)
+    )
+    correction = calibrate(val, labels, prior_weights(labels, fitted.prior))
+    start = fitted.prior.clamp_min(_TINY).log()
+    return estimate_prior(correction.apply(new), start, pseudo_items=len(new))
 
 
 def lines(rows: list[dict[str, Any]], form: str) -> str:

@@ -272,16 +272,18 @@ def _shifts(evidence: Evidence) -> str:
     if not found:
         return ""
     published = PUBLISHED_SHIFTS.get(configuration(evidence.settings), {})
+    names = ("accuracy", "accuracy_estimated_prior", "accuracy_known_prior")
     rows = []
     for row in found:
         theirs = published.get((row["profile"], row["ratio"]), (None, None))
-        mine = (row["accuracy"], row["accuracy_known_prior"])
+        mine = [row.get(name) for name in names]
         shares = [percent(value) for value in (*mine, *(theirs if published else ()))]
         rows.append([_distribution(row), row["images"], *shares])
-    columns = ["test distribution", "images", "accuracy", "prior known"]
+    columns = ["test distribution", "images", "accuracy", "prior estimated", "prior known"]
     columns += ["published", "published, prior known"] if published else []
     source = f" Published: {PAPER}." if published else ""
-    return f"## Shifted test sets\n\nPercent.{source}\n\n{table(columns, rows)}"
+    how = "The estimate is made from the test images without their labels."
+    return f"## Shifted test sets\n\nPercent. {how}{source}\n\n{table(columns, rows)}"
 
 
 def _distribution(row: Mapping[str, Any]) -> str:
@@ -335,6 +337,7 @@ def _draw_evaluation(document: Mapping[str, Any], plots: Path) -> list[tuple[str
         groups = {
             _distribution(row): {
                 "prior unknown": row["accuracy"],
+                "prior estimated": row.get("accuracy_estimated_prior"),
                 "prior known": row["accuracy_known_prior"],
             }
             for row in document["shifted"]

@@ -1,18 +1,22 @@
+import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from moectl.balpoe.eval import (
-    _tag,
     accuracy_table,
     calibration_table,
     epoch_scores,
+    measure,
     reliability_table,
     shifted_table,
 )
+from moectl.balpoe.logits import Outputs
 from moectl.balpoe.losses import log_prior
-from moectl.common.calibration import calibration
+from moectl.balpoe.settings import BalpoeSettings, EvalSection
+from moectl.common.calibration import calibration, fit_temperature
 
 COUNTS = [500, 50, 5]
 TAUS = torch.tensor([0.0, 1.0, 2.0])
@@ -24,6 +28,23 @@ def random_case(items: int = 90) -> tuple[torch.Tensor, torch.Tensor]:
     logits = torch.randn(items, 3, 3, generator=generator)
     logits += 1.5 * torch.nn.functional.one_hot(labels, 3)[:, None]
     return logits, labels
+
+
+def outputs_of(logits: torch.Tensor, labels: torch.Tensor) -> Outputs:
+    """Let the first third of the items validate."""
+    val = len(labels) // 3
+    return Outputs(
+        val_logits=logits[:val],
+        val_labels=labels[:val],
+        test_logits=logits[val:],
+        test_labels=labels[val:],
+        class_counts=COUNTS,
+        taus=TAUS.tolist(),
+        class_names=["car", "cat", "cow"],
+        val_indices=list(range(val)),
+        test_indices=list(range(val, len(labels))),
+        weights="",
+    )
 
 
 def test_an_empty_shot_group_scores_none():
@@ -83,7 +104,7 @@ def test_the_plot_and_the_table_show_the_same_calibration():
 def test_a_known_prior_helps_where_the_test_set_is_shifted():
     logits, labels = random_case(3000)
     logits = 4.5 * logits  # three draws of unit noise about 1.5: this makes the mean calibrated
-    rows = shifted_table(logits, labels, log_prior(COUNTS), (50.0,))
+    rows = shifted_table(outputs_of(logits, labels), (50.0,))
     assert [(row["profile"], row["ratio"]) for row in rows] == [
         ("forward", 50.0),
         ("uniform", 1.0),
@@ -97,18 +118,43 @@ def test_a_known_prior_helps_where_the_test_set_is_shifted():
 
 def test_no_shifts_asked_for_gives_none():
     logits, labels = random_case()
-    assert shifted_table(logits, labels, log_prior(COUNTS), ()) == []
+    assert shifted_table(outputs_of(logits, labels), ()) == []
 
 
 def test_a_test_set_without_a_class_cannot_be_shifted():
-    logits, labels = random_case()
-    kept = labels != 1
-    assert shifted_table(logits[kept], labels[kept], log_prior(COUNTS), (10.0,)) == []
+    outputs = outputs_of(*random_case())
+    kept = outputs.test_labels != 1
+    logits, labels = outputs.test_logits[kept], outputs.test_labels[kept]
+    without = replace(outputs, test_logits=logits, test_labels=labels)
+    assert shifted_table(without, (10.0,)) == []
 
 
-@pytest.mark.parametrize(
-    ("reference", "tag"),
-    [("latest", "last"), ("run@last", "last"), ("run@best", "best"), ("run@50", "epoch50")],
-)
-def test_results_are_named_after_the_weights(reference, tag):
-    assert _tag(reference, 50) == tag
+def test_the_estimated_prior_is_measured_too():
+    logits, labels = random_case(3000)
+    rows = shifted_table(outputs_of(4.5 * logits, labels), (50.0,))
+    for row in rows:
+        columns = [name for name in row if name.startswith("accuracy")]
+        assert columns == ["accuracy", "accuracy_estimated_prior", "accuracy_known_prior"]
+        assert 0 <= row["accuracy_estimated_prior"] <= 1
+    # Calibrated as they are, these logits leave the estimate no reason to spoil the balanced set.
+    assert rows[1]["accuracy_estimated_prior"] == pytest.approx(rows[1]["accuracy"], abs=0.05)
+
+
+def test_everything_but_the_temperature_is_measured_on_the_test_items():
+    outputs = outputs_of(*random_case(135))
+    settings = BalpoeSettings(eval=EvalSection(shifts=(5.0,), bins=7))
+    found = measure(outputs, settings)
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    logits, labels, prior = outputs.test_logits, outputs.test_labels, log_prior(COUNTS)
+    assert found["accuracy"] == accuracy_table(logits, labels, COUNTS, TAUS)
+    assert found["shifted"] == shifted_table(outputs, (5.0,))
+    assert found["reliability"] == reliability_table(logits, labels, prior, TAUS, 7)
+    assert [sum(row) for row in found["confusion"]] == [30, 30, 30]
+    hits = [found["confusion"][number][number] / 30 for number in range(3)]
+    assert found["per_class"] == pytest.approx(hits)
+    assert found["scores"]["balanced_accuracy"] == pytest.approx(sum(hits) / 3)
+    assert found["scores"]["ece"] == found["calibration"]["ensemble"]["ece"]
+    own = fit_temperature(outputs.val_logits.mean(1), outputs.val_labels)
+    assert found["calibration"]["ensemble"]["temperature"] == own
+    assert own != fit_temperature(logits.mean(1), labels)
+    assert (found["images"], found["class_names"]) == (90, ["car", "cat", "cow"])

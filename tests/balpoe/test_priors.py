@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from moectl.balpoe.priors import estimate_prior, label_prior
+from moectl.balpoe.priors import calibrate, estimate_prior, label_prior
 from moectl.engine.errors import UserError
 
 COUNTS = [60, 30, 10]
@@ -178,3 +178,59 @@ def test_certain_posteriors_are_counted():
 def test_items_that_say_nothing_are_refused(items, message):
     with pytest.raises(ValueError, match=message):
         estimate_prior(items, TRAINED.log())
+
+
+def drawn(items: int, prior: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gaussian classes with exact log-posteriors under the uniform prior, and labels."""
+    draws = torch.Generator().manual_seed(seed)
+    means = torch.randn(5, 3, generator=torch.Generator().manual_seed(0)) * 1.5
+    labels = torch.multinomial(prior, items, replacement=True, generator=draws)
+    features = means[labels] + torch.randn(items, 3, generator=draws)
+    logits = features @ means.T - means.square().sum(1) / 2
+    return logits.log_softmax(1).double(), labels
+
+
+def test_calibration_undoes_a_temperature_and_biases() -> None:
+    exact, labels = drawn(4000, torch.full((5,), 0.2), seed=1)
+    bias = torch.tensor([1.0, -1.0, 0.5, 0.0, -0.5], dtype=torch.float64)
+    correction = calibrate(((exact - bias) / 2).log_softmax(1), labels)
+    assert correction.scale == pytest.approx(2.0, rel=0.1)
+    corrected = correction.apply(((exact - bias) / 2).log_softmax(1))
+    torch.testing.assert_close(corrected.exp().sum(1), torch.ones(4000, dtype=torch.float64))
+    shares = torch.bincount(labels, minlength=5) / 4000
+    torch.testing.assert_close(corrected.exp().mean(0).float(), shares, atol=2e-3, rtol=0)
+    assert float((corrected.exp() - exact.exp()).abs().mean()) < 0.02
+
+
+def test_calibration_counts_weights_like_copies() -> None:
+    exact, labels = drawn(300, torch.full((5,), 0.2), seed=2)
+    weights = torch.ones(300)
+    weights[::2] = 3
+    weighted = calibrate(exact, labels, weights)
+    rows = torch.arange(300).repeat_interleave(weights.long())
+    copied = calibrate(exact[rows], labels[rows])
+    assert weighted.scale == pytest.approx(copied.scale, rel=0.05)  # the bias prior is by items
+
+
+def test_calibration_makes_the_estimate_of_shifted_items_good() -> None:
+    skewed = torch.tensor([0.5, 0.25, 0.15, 0.07, 0.03])
+    bias = torch.tensor([1.5, -1.5, 0.8, 0.0, -0.8], dtype=torch.float64)
+    val, labels = drawn(4000, torch.full((5,), 0.2), seed=3)
+    new, _ = drawn(4000, skewed, seed=4)
+    wrong_val, wrong_new = ((part + bias).log_softmax(1) for part in (val, new))
+    uniform = torch.zeros(5)
+    plain = estimate_prior(wrong_new, uniform)
+    mended = estimate_prior(calibrate(wrong_val, labels).apply(wrong_new), uniform)
+    assert float((mended - skewed).abs().sum()) < 0.06
+    assert float((plain - skewed).abs().sum()) > 0.3
+
+
+def test_pseudo_items_pull_towards_even_shares() -> None:
+    new, _ = drawn(2000, torch.tensor([0.5, 0.25, 0.15, 0.07, 0.03]), seed=5)
+    uniform = torch.zeros(5)
+    distances = [
+        float((estimate_prior(new, uniform, pseudo_items=count) - 0.2).abs().sum())
+        for count in (0.0, 2000.0, 1e9)
+    ]
+    assert distances[0] > distances[1] > distances[2]
+    assert distances[2] < 1e-4

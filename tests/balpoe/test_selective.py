@@ -1,0 +1,443 @@
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from moectl.balpoe.fitted import posteriors
+from moectl.balpoe.groups import class_groups
+from moectl.balpoe.logits import Outputs
+from moectl.balpoe.longtail import class_sizes, split_indices
+from moectl.balpoe.plugin import fit
+from moectl.balpoe.priors import label_prior
+from moectl.balpoe.selective import Task, compare, methods, redivided
+from moectl.balpoe.settings import BalpoeSettings, EvalSection, PluginSection
+
+COUNTS = class_sizes(500, 10, 0.01, "exp")
+TAIL = {7, 8, 9}  # at most 20 training images
+TAUS = [0.0, 1.0, 2.0]
+RATES = (0.0, 0.2, 0.4, 0.6, 0.8)
+COSTS = (0.1, 0.4)
+KINDS = ("balanced", "worst")
+CHOW = {"chow", "chow_ce", "chow_single"}
+PLUGINS = {"plugin_single", "plugin_balpoe_avg", "moe_plugin"}
+PLUGINS |= {f"{name}_worst" for name in PLUGINS}
+
+
+@cache
+def known_posteriors(per_class: int) -> tuple[Tensor, Tensor]:
+    """Draw items of ten normal distributions; return p(class | item) in training, and the class."""
+    draws = np.random.default_rng(0)
+    means = 0.8 * draws.normal(size=(10, 5))
+    labels = np.arange(10 * per_class) % 10
+    features = means[labels] + draws.normal(size=(len(labels), 5))
+    distances = ((features[:, None] - means) ** 2).sum(2)
+    logits = torch.from_numpy(-distances / 2) + torch.tensor(COUNTS).double().log()
+    return logits.softmax(1), torch.from_numpy(labels)
+
+
+@cache
+def known_outputs(per_class: int = 200) -> Outputs:
+    """Let three experts say all that can be known, each as if trained with its own tau."""
+    exact, labels = known_posteriors(per_class)
+    prior = label_prior("train", COUNTS).log()
+    logits = (exact.log()[:, None] - torch.tensor(TAUS)[:, None] * prior).float()
+    val, test = (torch.from_numpy(part) for part in split_indices(labels.numpy(), 0.2, 0))
+    return Outputs(
+        val_logits=logits[val],
+        val_labels=labels[val],
+        test_logits=logits[test],
+        test_labels=labels[test],
+        class_counts=COUNTS,
+        taus=TAUS,
+        class_names=[f"class {number}" for number in range(10)],
+        val_indices=val.tolist(),
+        test_indices=test.tolist(),
+        weights="0" * 64,
+    )
+
+
+def task_of(outputs: Outputs, prior: str = "train", **changes: Any) -> Task:
+    plugin = {"rates": RATES, "costs": COSTS, "iterations": 10, "rounds": 3}
+    measured = {"bootstrap": 0, "trials": 1}
+    for name, value in changes.items():
+        (measured if name in measured else plugin)[name] = value
+    settings = BalpoeSettings(
+        plugin=PluginSection.model_validate(plugin), eval=EvalSection.model_validate(measured)
+    )
+    groups = class_groups("head_tail", COUNTS, outputs.class_names)
+    return Task(outputs, settings, groups, label_prior(prior, COUNTS), seed=1)
+
+
+@pytest.fixture(scope="module")
+def train() -> dict[str, Any]:
+    """All that is measured under the training prior."""
+    return compare(task_of(known_outputs(), bootstrap=50, trials=2), {})
+
+
+@pytest.fixture(scope="module")
+def uniform() -> dict[str, Any]:
+    """And under the uniform one."""
+    return compare(task_of(known_outputs(), "uniform"), {})
+
+
+@pytest.fixture(params=["train", "uniform"])
+def both(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
+    return request.param, request.getfixturevalue(request.param)["methods"]
+
+
+def shares_of(labels: Tensor, prior: str) -> list[float]:
+    """Weigh every item so that classes are as frequent as in the prior; the sum is 1."""
+    wanted, there = label_prior(prior, COUNTS).tolist(), torch.bincount(labels).tolist()
+    return [wanted[label] / there[label] for label in labels.tolist()]
+
+
+def errors_by_hand(
+    rejected: Sequence[bool], guesses: Sequence[int], labels: list[int], weights: list[float]
+) -> dict[str, float]:
+    """Count weights of accepted and of wrongly accepted items, item by item."""
+    accepted, wrong, lost = [0.0, 0.0], [0.0, 0.0], 0.0
+    for item, label in enumerate(labels):
+        if rejected[item]:
+            lost += weights[item]
+            continue
+        accepted[label in TAIL] += weights[item]
+        wrong[label in TAIL] += weights[item] * (guesses[item] != label)
+    errors = [bad / all_ for bad, all_ in zip(wrong, accepted, strict=True)]
+    return {
+        "rejection": lost,
+        "balanced_error": sum(errors) / 2,
+        "worst_error": max(errors),
+        "standard_error": sum(wrong) / sum(accepted),
+        "gap": errors[1] - errors[0],
+    }
+
+
+def assert_point(curve: dict[str, Any], point: int, expected: dict[str, float]) -> None:
+    assert {name: curve[name][point] for name in expected} == pytest.approx(expected, abs=1e-9)
+
+
+def lowest(scores: list[float], weights: list[float], rate: float) -> tuple[list[bool], float]:
+    """Reject the lowest scores while their weights fit into the rate; the first score kept."""
+    rejected, total = [False] * len(scores), 0.0
+    for item in sorted(range(len(scores)), key=scores.__getitem__):
+        total += weights[item]
+        if not rate or total > rate + 1e-9:
+            return rejected, scores[item] if rate else float("-inf")
+        rejected[item] = True
+    return rejected, float("inf")
+
+
+@pytest.mark.parametrize("kind", ["poe", "mixture", "single:0", "single:1", "single:2"])
+def test_every_way_to_read_the_experts_gives_the_exact_posterior(kind: str) -> None:
+    outputs, (exact, _) = known_outputs(), known_posteriors(200)
+    found = posteriors(outputs.test_logits, COUNTS, TAUS, label_prior("train", COUNTS), kind)
+    torch.testing.assert_close(found, exact[outputs.test_indices], rtol=0, atol=1e-5)
+
+
+def test_all_methods_are_measured(both: tuple[str, dict[str, Any]]) -> None:
+    assert set(both[1]) == {"balpoe"} | CHOW | PLUGINS
+
+
+def test_plugins_have_lower_areas_than_chow_under_the_training_prior(train: Any) -> None:
+    areas = {name: method["aurc"] for name, method in train["methods"].items()}
+    for kind in KINDS:
+        for plugin in PLUGINS:
+            for chow in CHOW:
+                better = areas[chow][kind]["normalised"] - areas[plugin][kind]["normalised"]
+                assert better > 0.02, (plugin, chow, kind)
+        assert areas["chow"][kind]["normalised"] < areas["balpoe"][kind]["normalised"]
+
+
+def test_experts_that_agree_make_equal_rejectors(both: tuple[str, dict[str, Any]]) -> None:
+    for names in (
+        ("chow", "chow_single"),
+        ("plugin_balpoe_avg", "plugin_single", "moe_plugin"),
+        ("plugin_balpoe_avg_worst", "plugin_single_worst", "moe_plugin_worst"),
+    ):
+        for kind in KINDS:
+            areas = [both[1][name]["aurc"][kind]["normalised"] for name in names]
+            # Logits are rounded, so an item at a threshold may change sides.
+            assert areas == pytest.approx([areas[0]] * len(areas), abs=5e-3)
+
+
+def test_the_classifier_that_always_answers_is_a_flat_line(
+    both: tuple[str, dict[str, Any]],
+) -> None:
+    method = both[1]["balpoe"]
+    assert method["curve"]["matched"] == method["curve"]["transfer"]
+    curve = method["curve"]["matched"]
+    assert curve["rejection"] == [0.0] * len(RATES)
+    assert curve["group_coverage"] == [[1.0, 1.0]] * len(RATES)
+    for kind in KINDS:
+        error, area = curve[f"{kind}_error"][0], method["aurc"][kind]
+        assert curve[f"{kind}_error"] == [error] * len(RATES)
+        assert area["normalised"] == area["transfer"] == pytest.approx(error)
+        assert area["raw"] == pytest.approx(0.8 * error)
+        assert error == both[1]["chow"]["curve"]["matched"][f"{kind}_error"][0]
+
+
+def test_the_classifier_that_always_answers_errs_as_counted_by_hand(
+    both: tuple[str, dict[str, Any]],
+) -> None:
+    outputs = known_outputs()
+    guesses = outputs.test_logits.mean(1).argmax(1).tolist()  # the mean of the taus is 1
+    labels, weights = outputs.test_labels.tolist(), shares_of(outputs.test_labels, both[0])
+    expected = errors_by_hand([False] * len(labels), guesses, labels, weights)
+    assert_point(both[1]["balpoe"]["curve"]["matched"], 0, expected)
+
+
+def test_an_area_is_the_mean_error_over_the_rates(train: Any) -> None:
+    for method in train["methods"].values():
+        for kind in KINDS:
+            errors, area = method["curve"]["matched"][f"{kind}_error"], method["aurc"][kind]
+            mean = (errors[0] / 2 + sum(errors[1:-1]) + errors[-1] / 2) / (len(errors) - 1)
+            assert area["normalised"] == pytest.approx(mean)
+            assert area["raw"] == pytest.approx(0.8 * mean)
+            assert area["span"] == pytest.approx(0.8)
+
+
+def test_matched_rejection_meets_the_rate_but_for_one_item(
+    both: tuple[str, dict[str, Any]],
+) -> None:
+    largest = max(shares_of(known_outputs().test_labels, both[0]))
+    for name in CHOW | PLUGINS:
+        found = both[1][name]["curve"]["matched"]["rejection"]
+        for rejection, rate in zip(found, RATES, strict=True):
+            assert rate - largest < rejection < rate + 1e-6
+
+
+def test_chow_rejects_the_smallest_posteriors(both: tuple[str, dict[str, Any]]) -> None:
+    outputs, prior = known_outputs(), both[0]
+    labels, weights = outputs.test_labels.tolist(), shares_of(outputs.test_labels, prior)
+    own = shares_of(outputs.val_labels, prior)
+    for name, assumed in (("chow", "uniform"), ("chow_ce", "train")):
+        val, test = (
+            posteriors(part, COUNTS, TAUS, label_prior(assumed, COUNTS)).max(1)
+            for part in (outputs.val_logits, outputs.test_logits)
+        )
+        scores, guesses = test.values.tolist(), test.indices.tolist()
+        for point, rate in enumerate(RATES):
+            rejected, _ = lowest(scores, weights, rate)
+            expected = errors_by_hand(rejected, guesses, labels, weights)
+            assert_point(both[1][name]["curve"]["matched"], point, expected)
+            _, threshold = lowest(val.values.tolist(), own, rate)
+            rejected = [score < threshold for score in scores]
+            expected = errors_by_hand(rejected, guesses, labels, weights)
+            assert_point(both[1][name]["curve"]["transfer"], point, expected)
+
+
+def judged(rule: dict[str, Any], row: list[float]) -> tuple[float, int]:
+    """Return score and class of one item by the rule as it is published."""
+    alpha, mu = ([rule[name][label in TAIL] for label in range(10)] for name in ("alpha", "mu"))
+    best = [share / of for share, of in zip(row, alpha, strict=True)]
+    right = sum((1 / of - m) * share for share, of, m in zip(row, alpha, mu, strict=True))
+    return max(best) - right, best.index(max(best))
+
+
+@pytest.mark.parametrize("name", ["plugin_balpoe_avg", "plugin_balpoe_avg_worst"])
+def test_plugins_reject_by_the_rules_they_tell(both: tuple[str, dict[str, Any]], name: str) -> None:
+    outputs, (prior, found) = known_outputs(), both
+    labels, weights = outputs.test_labels.tolist(), shares_of(outputs.test_labels, prior)
+    rows = posteriors(outputs.test_logits, COUNTS, TAUS, label_prior(prior, COUNTS)).tolist()
+    method = found[name]
+    assert len(method["rules"]) == len(RATES) + len(COSTS)
+    assert method["rules"][0]["threshold"] is None  # rate 0 rejects nobody, whatever the score
+    for point, rate in enumerate(RATES):
+        rule = method["rules"][point]
+        scores, guesses = zip(*(judged(rule, row) for row in rows), strict=True)
+        limit = float("-inf") if rule["threshold"] is None else rule["threshold"]
+        expected = errors_by_hand([score < limit for score in scores], guesses, labels, weights)
+        assert_point(method["curve"]["transfer"], point, expected)
+        rejected, _ = lowest(list(scores), weights, rate)
+        expected = errors_by_hand(rejected, guesses, labels, weights)
+        assert_point(method["curve"]["matched"], point, expected)
+
+
+def test_thresholds_come_from_the_validation_items_alone() -> None:
+    outputs = known_outputs(40)
+    other = replace(outputs, test_logits=outputs.test_logits.flip(1) * 2)
+    again = methods(task_of(other))
+    for name, method in methods(task_of(outputs)).items():
+        assert torch.equal(method.thresholds, again[name].thresholds)
+        assert not torch.equal(method.scores, again[name].scores)
+
+
+def test_the_difference_to_chow_lies_in_its_interval(train: Any) -> None:
+    methods = train["methods"]
+    for kind in KINDS:
+        chow = methods["chow"]["aurc"][kind]
+        names = ("minus_chow", "minus_chow_low", "minus_chow_high")
+        assert [chow[name] for name in names] == [None] * 3
+        for name in methods.keys() - {"chow"}:
+            area = methods[name]["aurc"][kind]
+            assert area["minus_chow"] == pytest.approx(area["normalised"] - chow["normalised"])
+            low, high = area["minus_chow_low"], area["minus_chow_high"]
+            assert low <= area["minus_chow"] <= high
+            assert area["low"] <= area["normalised"] <= area["high"]
+            # The same resamples for both: what all classifiers find hard cancels out.
+            if name == "chow_single":
+                assert high - low < 0.2 * (area["high"] - area["low"])
+
+
+def test_without_resamples_there_are_no_intervals(uniform: Any) -> None:
+    for method in uniform["methods"].values():
+        for area in method["aurc"].values():
+            names = ("low", "high", "minus_chow_low", "minus_chow_high")
+            assert [area[name] for name in names] == [None] * 4
+
+
+def test_the_first_trial_is_the_main_division(train: Any, uniform: Any) -> None:
+    for found, trials in ((train, 2), (uniform, 1)):
+        for method in found["methods"].values():
+            for area in method["aurc"].values():
+                assert len(area["trials"]) == trials
+                assert area["trials"][0] == area["normalised"]
+                assert area["trials_mean"] == pytest.approx(sum(area["trials"]) / trials)
+                assert (area["trials_half_width"] is None) == (trials == 1)
+
+
+def test_a_further_trial_is_a_comparison_on_its_own_division(train: Any) -> None:
+    task = task_of(known_outputs())
+    own = compare(task._replace(outputs=redivided(task.outputs, 2), seed=2), {})
+    for name, method in own["methods"].items():
+        for kind in KINDS:
+            alone = method["aurc"][kind]["normalised"]
+            assert train["methods"][name]["aurc"][kind]["trials"] != [alone, alone]
+            assert train["methods"][name]["aurc"][kind]["trials"][1] == alone
+
+
+def test_items_divided_anew_keep_their_logits_labels_and_numbers() -> None:
+    outputs = known_outputs(40)
+    found = redivided(outputs, 7)
+    assert len(found.val_labels) == len(outputs.val_labels) == 80
+    for labels, per_class in ((found.val_labels, 8), (found.test_labels, 32)):
+        assert torch.bincount(labels).tolist() == [per_class] * 10
+    assert set(found.val_indices) != set(outputs.val_indices)
+    assert sorted([*found.val_indices, *found.test_indices]) == list(range(400))
+
+    def by_number(those: Outputs) -> tuple[Tensor, Tensor]:
+        order = torch.tensor([*those.val_indices, *those.test_indices]).argsort()
+        logits = torch.cat([those.val_logits, those.test_logits])[order]
+        return logits, torch.cat([those.val_labels, those.test_labels])[order]
+
+    for one, other in zip(by_number(found), by_number(outputs), strict=True):
+        assert torch.equal(one, other)
+    assert redivided(outputs, 7).val_indices == found.val_indices
+    assert redivided(outputs, 8).val_indices != found.val_indices
+
+
+@pytest.mark.parametrize("prior", ["train", "uniform"])
+def test_a_cost_adds_to_the_error_what_is_rejected(
+    request: pytest.FixtureRequest, prior: str
+) -> None:
+    found, outputs = request.getfixturevalue(prior), known_outputs()
+    labels, weights = outputs.test_labels.tolist(), shares_of(outputs.test_labels, prior)
+    top, classes = posteriors(
+        outputs.test_logits, COUNTS, TAUS, label_prior("uniform", COUNTS)
+    ).max(1)
+    own = posteriors(outputs.test_logits, COUNTS, TAUS, label_prior(prior, COUNTS)).tolist()
+    rows = {(row["method"], row["cost"]): row for row in found["costs"]}
+    assert set(rows) == {(name, cost) for name in CHOW | PLUGINS for cost in COSTS}
+    assert len(found["costs"]) == len(rows)
+    for number, cost in enumerate(COSTS):
+        rule = found["methods"]["plugin_balpoe_avg"]["rules"][len(RATES) + number]
+        assert rule["threshold"] == -cost
+        scores, guesses = zip(*(judged(rule, row) for row in own), strict=True)
+        for name, rejected, answers in (
+            ("chow", (top < 1 - cost).tolist(), classes.tolist()),
+            ("plugin_balpoe_avg", [score < -cost for score in scores], guesses),
+        ):
+            expected = errors_by_hand(rejected, answers, labels, weights)
+            paid = cost * expected["rejection"]
+            assert rows[name, cost] == {
+                "method": name,
+                "cost": cost,
+                "rejection": pytest.approx(expected["rejection"]),
+                "balanced_risk": pytest.approx(expected["balanced_error"] + paid),
+                "worst_risk": pytest.approx(expected["worst_error"] + paid),
+            }
+
+
+def test_without_costs_there_are_no_risks() -> None:
+    assert compare(task_of(known_outputs(40), costs=()), {})["costs"] == []
+
+
+def test_one_expert_leaves_nothing_to_combine() -> None:
+    outputs = known_outputs(40)
+    one = replace(
+        outputs,
+        val_logits=outputs.val_logits[:, :1],
+        test_logits=outputs.test_logits[:, :1],
+        taus=TAUS[:1],
+    )
+    found = methods(task_of(one))
+    assert set(found) == {"balpoe", "chow", "chow_ce", "plugin_single", "plugin_single_worst"}
+    three = methods(task_of(outputs))["plugin_single"]  # reads another expert of equal knowledge
+    torch.testing.assert_close(found["plugin_single"].scores, three.scores, rtol=1e-4, atol=1e-4)
+
+
+def deaf(outputs: Outputs, *experts: int) -> Outputs:
+    """Let some experts say nothing about the images."""
+    parts = {}
+    for name in ("val_logits", "test_logits"):
+        logits = getattr(outputs, name).clone()
+        noise = torch.randn(len(logits), 10, generator=torch.Generator().manual_seed(0))
+        for expert in experts:
+            logits[:, expert] = 3 * noise
+        parts[name] = logits
+    return replace(outputs, **parts)
+
+
+def test_the_single_expert_is_the_most_balanced_one() -> None:
+    wise, foolish = (methods(task_of(deaf(known_outputs(40), *who))) for who in ((0, 2), (1,)))
+    good = methods(task_of(known_outputs(40)))
+    for name in ("chow_single", "plugin_single"):
+        assert torch.equal(wise[name].scores, good[name].scores)
+        assert not torch.equal(foolish[name].scores, good[name].scores)
+
+
+def test_searched_weights_listen_to_the_expert_that_knows() -> None:
+    found = compare(task_of(deaf(known_outputs(), 0, 2)), {})["methods"]
+    for kind in KINDS:
+        areas = {name: found[name]["aurc"][kind]["normalised"] for name in PLUGINS}
+        assert areas["moe_plugin"] < areas["plugin_balpoe_avg"] - 0.05
+        assert areas["moe_plugin"] < areas["plugin_single"] + 0.05
+
+
+def test_a_saved_plugin_is_measured_by_its_own_rules() -> None:
+    task = task_of(known_outputs(40), trials=2)
+    order = {"rates": RATES[::-1], "costs": COSTS[::-1]}
+    section = task.settings.plugin.model_copy(update=order)
+    fitted = fit(task.outputs, section, task.seed, task.prior, task.groups)
+    found = compare(task, {"mine": fitted})["methods"]
+    mine, fresh = found["plugin:mine"], found["plugin_balpoe_avg"]
+    assert mine["curve"] == fresh["curve"]
+    assert mine["rules"] is None  # they stand in its file
+    for kind in KINDS:
+        assert mine["aurc"][kind]["minus_chow"] == fresh["aurc"][kind]["minus_chow"]
+        # It is not fitted again, so other divisions would test it on what it has seen.
+        assert mine["aurc"][kind]["trials"] == fresh["aurc"][kind]["trials"][:1]
+
+
+def test_a_saved_plugin_without_a_rule_for_a_rate_is_refused() -> None:
+    task = task_of(known_outputs(40))
+    section = task.settings.plugin.model_copy(update={"rates": RATES[:3]})
+    fitted = fit(task.outputs, section, task.seed, task.prior, task.groups)
+    with pytest.raises(ValueError, match=r"rate 0\.6 is not among the fitted ones"):
+        compare(task, {"mine": fitted})
+
+
+def test_the_same_seed_gives_the_same_document() -> None:
+    outputs = known_outputs(40)
+
+    def document(seed: int) -> str:
+        task = task_of(outputs, bootstrap=10, trials=2)._replace(seed=seed)
+        return json.dumps(compare(task, {}), allow_nan=False)
+
+    assert document(1) == document(1) != document(2)
