@@ -70,6 +70,7 @@ def open_classifier(
         raise UserError(
             f"{path}: has no {path.name}.json beside it", "moectl balpoe import makes a run of it"
         )
+    _same("taus", settings.taus, weights.facts, path.parent)
     accelerator = build_accelerator(settings.train, cpu, str(read_record(path.parent)["precision"]))
     cache = path.parent / "logits" / f"{weights.sha256[:16]}.safetensors"
     key = _key(settings, weights.sha256)
@@ -78,7 +79,7 @@ def open_classifier(
     else:
         with accelerator.main_process_first():
             data = load(settings.data, settings.train.seed)
-        _same_data(data, settings, weights.facts, path.parent)
+        _same_data(data, weights.facts, path.parent)
         model = rebuild(weights).to(accelerator.device)
         outputs = outputs_of(model, data, settings, accelerator, weights.sha256)
         if accelerator.is_main_process:
@@ -178,21 +179,19 @@ def _tag(reference: str, epoch: int) -> str:
     return wanted if wanted in ("best", "last") else f"epoch{epoch}"
 
 
-def _same_data(
-    data: Data, settings: BalpoeSettings, facts: Mapping[str, Any], folder: Path
-) -> None:
-    """Refuse to read the outputs of weights by another prior, or to test on validation images."""
-    expected: dict[str, list[float]] = {
-        "class_counts": [*data.class_counts],
-        "taus": list(settings.taus),
-    }
-    for name, value in expected.items():
-        if value != facts[name]:
-            raise UserError(
-                f"{folder}: the weights were trained with {name} {_brief(facts[name])},"
-                f" the settings now give {_brief(value)}",
-                "leave data, loss and the environment as they were in the training",
-            )
+def _same(name: str, value: Sequence[float], facts: Mapping[str, Any], folder: Path) -> None:
+    """Refuse to read the outputs of weights by another prior than they were trained for."""
+    if list(value) != facts[name]:
+        raise UserError(
+            f"{folder}: the weights were trained with {name} {_brief(facts[name])},"
+            f" the settings now give {_brief(value)}",
+            "leave data, loss and the environment as they were in the training",
+        )
+
+
+def _same_data(data: Data, facts: Mapping[str, Any], folder: Path) -> None:
+    """Refuse other training images, and a division that would test on validation images."""
+    _same("class_counts", data.class_counts, facts, folder)
     stored = loads_or_none(folder / "split.json")
     if stored is not None and stored != {"val": data.val_indices, "test": data.test_indices}:
         raise UserError(f"{folder / 'split.json'}: the data is split otherwise now")

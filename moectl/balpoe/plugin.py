@@ -151,7 +151,7 @@ def search_weights(
         for own, other in (halves, halves[::-1]):
             plugin = fit_plugin(
                 judged[own], labels[own], groups, rates=section.rates, costs=section.costs,
-                weights=weights[own], method=method,
+                weights=weights[own], method=method, must_accept=False,
             )  # fmt: skip
             scores, classes = plugin.judge(judged[other])
             found = curve(

@@ -104,6 +104,7 @@ def fit_plugin(  # noqa: PLR0913 - options after the items
     costs: Sequence[float] = (),
     weights: Any = None,
     method: Method | None = None,
+    must_accept: bool = True,
 ) -> Plugin:
     """Fit the plug-in rule to held-out items of any classifier.
 
@@ -115,6 +116,8 @@ def fit_plugin(  # noqa: PLR0913 - options after the items
         costs: costs of a rejection in [0, 1], each an operating point.
         weights: (N,) how much each item stands for, in line with the prior of the posteriors.
         method: how to fit; the defaults if left out.
+        must_accept: whether it is an error that a rule accepts none of a group. Otherwise the
+            group's error counts as 1.
 
     Raises:
         ValueError: if something does not fit together, a group has no item, or a rule accepts
@@ -135,7 +138,8 @@ def fit_plugin(  # noqa: PLR0913 - options after the items
         beta = _beta(method.objective, len(groups.names)).expand(len(target.rates), -1)
         found, trace = _cost_sensitive(sample, target, beta, method)
     found = _measured(sample, target, beta, found.alpha, found.mu)
-    _check_accepted(found, target, groups)
+    if must_accept:
+        _check_accepted(found, target, groups)
     return Plugin(
         groups=groups,
         rates=(*rates, *[None] * len(costs)),

@@ -176,6 +176,7 @@ def _plugin(task: Task, pair: _Pair, objective: str) -> Rejector:
         costs=section.costs,
         weights=prior_weights(labels, task.prior),
         method=replace(method_of(section, task.seed), objective=objective),  # type: ignore[arg-type]
+        must_accept=False,
     )
     scores, classes = plugin.judge(pair.test)
     rules = [

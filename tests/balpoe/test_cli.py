@@ -67,9 +67,16 @@ def test_evaluating_without_a_run_is_refused(capsys):
     assert "no finished run of balpoe" in capsys.readouterr().err
 
 
-def test_experts_dir_names_its_successor(capsys):
-    assert _run(["balpoe", "eval", "--experts_dir", "x"]) == 2
-    assert "--run REF" in capsys.readouterr().err
+@pytest.mark.parametrize("name", ["eval", "plugin", "reject"])
+def test_experts_dir_is_another_name_of_run(name, capsys):
+    assert _run(["balpoe", name, "--experts_dir", "nosuch"]) == 2
+    assert "nosuch: no such run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["eval", "plugin", "reject"])
+def test_options_that_are_gone_name_their_successor(name, capsys):
+    assert _run(["balpoe", name, "--save_dir", "results"]) == 2
+    assert "results go into the run folder" in capsys.readouterr().err
 
 
 def test_weights_outside_a_run_are_sent_to_import(isolated, capsys):

@@ -70,7 +70,7 @@ def test_a_validation_list_is_used_as_it_stands(folder):
     data = load(section(folder, val_list=folder / "val.txt"), 1)
     assert labels(data.val) == [0, 0, 1, 1, 2, 2]
     assert len(data.test) == 15
-    assert (data.val_indices, data.test_indices) == (list(range(6)), list(range(15)))
+    assert (data.val_indices, data.test_indices) == (list(range(6)), list(range(6, 21)))
 
 
 @pytest.mark.parametrize("augment", ["standard", "randaugment"])

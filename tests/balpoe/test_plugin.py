@@ -17,9 +17,10 @@ from moectl.balpoe.logits import Outputs, read_outputs, write_outputs
 from moectl.balpoe.plugin import fit, method_of
 from moectl.balpoe.settings import BalpoeSettings, PluginSection
 from moectl.cli import _run
+from moectl.engine import plot
 from moectl.engine.errors import UserError
 from moectl.engine.files import sha256, write_json, write_text
-from moectl.engine.settings import to_toml
+from moectl.engine.settings import from_toml, to_toml
 
 COUNTS = [400, 200, 110, 60, 15, 8]
 NAMES = ["ant", "bee", "cat", "dog", "eel", "fox"]
@@ -182,9 +183,7 @@ def test_a_prior_may_be_given_instead_of_the_setting() -> None:
         ("pets.toml", ("pets", "wild"), (1, 1, 0, 0, 1, 1)),
     ],
 )
-def test_groups_of_every_kind(
-    kind: str, names: tuple[str, ...], of_class: tuple[int, ...]
-) -> None:
+def test_groups_of_every_kind(kind: str, names: tuple[str, ...], of_class: tuple[int, ...]) -> None:
     write_json(Path("pets.json"), {"pets": ["cat", 3], "wild": ["ant", "bee", 4, "fox"]})
     write_text(Path("pets.toml"), 'pets = ["cat", 3]\nwild = ["ant", "bee", 4, "fox"]\n')
     found = fit(OUTPUTS, section(groups=kind), 0).plugin
@@ -237,11 +236,12 @@ def test_the_rejected_share_is_the_target_within_one_item() -> None:
 
 def test_the_multipliers_of_a_grid_are_its_candidates() -> None:
     lambdas = (0.0, 2.5, -4.0)
-    found = fit(OUTPUTS, section(mu_method="grid", lambdas=lambdas, costs=(0.2,)), 0)
-    points = to_document(found)["points"]
-    assert all(min(abs(point["lambda_0"] - value) for value in lambdas) < 1e-9 for point in points)
-    free = to_document(fit(OUTPUTS, section(), 0))["points"]
-    assert free[1]["lambda_0"] not in lambdas
+    hard = outputs(scale=0.8)
+    found = fit(hard, section(mu_method="grid", lambdas=lambdas, costs=(0.2,)), 0)
+    chosen = [point["lambda_0"] for point in to_document(found)["points"]]
+    assert all(min(abs(number - value) for value in lambdas) < 1e-9 for number in chosen)
+    free = [point["lambda_0"] for point in to_document(fit(hard, section(), 0))["points"]]
+    assert any(min(abs(number - value) for value in lambdas) > 1e-3 for number in free)
 
 
 def test_the_method_is_what_the_settings_say() -> None:
@@ -397,7 +397,10 @@ def test_logits_of_any_classifier_become_a_run(moectl: Call) -> None:
     assert document_of(out.strip())["checkpoint"]["sha256"] == digest
 
 
-def test_a_run_of_logits_is_a_run_like_others(moectl: Call) -> None:
+def test_a_run_of_logits_is_a_run_like_others(
+    moectl: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plot, "_save", lambda _, path: path.write_bytes(b""))
     first = moectl("plugin", "--logits", file_of(), "--out", "theirs", *BASE)[1].strip()
     assert first == f"theirs/plugins/plugin/{FILE}"
     before = document_of(first)
@@ -419,7 +422,9 @@ def test_logits_may_be_probabilities_of_one_classifier(moectl: Call) -> None:
     exact /= exact.sum(1, keepdims=True)
     one = file_of("one.npz", logits=logits[:, 0], taus=None)
     two = file_of("two.npz", logits=None, posteriors=exact, taus=None)
-    fits = [document_of(moectl("plugin", "--logits", path, *BASE)[1].strip()) for path in (one, two)]
+    fits = [
+        document_of(moectl("plugin", "--logits", path, *BASE)[1].strip()) for path in (one, two)
+    ]
     for left, right in zip(*(document["points"] for document in fits), strict=True):
         assert left["alpha"] == pytest.approx(right["alpha"], rel=1e-4)
         assert left["group_errors"] == pytest.approx(right["group_errors"])
@@ -432,6 +437,15 @@ def test_the_division_of_a_file_follows_the_settings(moectl: Call) -> None:
     given = read_outputs(Path("outputs.npz"), 0.5, 4)
     assert kept.val_indices == given.val_indices
     assert document_of(out)["config"]["seed"] == 4
+
+
+def test_the_settings_of_a_run_of_logits_describe_the_classifier(moectl: Call) -> None:
+    arrays = {"logits": sample((0.0, 1.5))[0], "taus": (0.0, 1.5)}
+    moectl("plugin", "--logits", file_of(**arrays), "--out", "theirs", *BASE)
+    settings = from_toml(BalpoeSettings, Path("theirs/settings.toml"))
+    assert (settings.model.experts, settings.taus) == (2, (0.0, 1.5))
+    assert settings.plugin.rates == (0.1, 0.3)
+    assert settings.data.dataset == "list"
 
 
 def test_logits_of_the_weights_of_the_run_are_taken(moectl: Call, run: Path) -> None:
@@ -531,6 +545,11 @@ LABELS = sample()[1]
         ({}, "--objective worse", "plugin.objective is 'worse', expected balanced or worst"),
         ({}, "--mu-method newton", "'newton' is not one of"),
         ({}, "--mu-method grid --groups class", "a grid over 6 groups"),
+        (
+            {"logits": np.zeros((240, 17, 6)), "taus": [1.0] * 17},
+            "",
+            "17 experts are too many",
+        ),
         ({}, "--name a/b", "is not a usable name"),
         ({}, "--config x.json", "--config is not an option of moectl balpoe plugin"),
         ({}, "--checkpoint best", "use --run REF@last"),

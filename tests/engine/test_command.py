@@ -4,7 +4,7 @@ import inspect
 import json
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 import typer
@@ -16,8 +16,14 @@ from moectl.engine.settings import fields, to_toml
 
 
 @pytest.fixture
-def run(toy: ModuleType) -> Any:
-    """Call `toy train WORDS…` or `toy look WORDS…` and return the request."""
+def received() -> dict[str, Any]:
+    """The values of its own parameters that `toy apply` was called with."""
+    return {}
+
+
+@pytest.fixture
+def run(toy: ModuleType, received: dict[str, Any]) -> Any:
+    """Call `toy train|look|apply WORDS…` and return the request."""
     requests: list[Request] = []
 
     @command(toy.ToySettings, ("optim", "train"), train=True, size=lambda _: {"updates": 16})
@@ -30,9 +36,28 @@ def run(toy: ModuleType) -> Any:
         """Look."""
         requests.append(request)
 
+    @command(
+        toy.ToySettings,
+        (),
+        train=False,
+        run_alias="--experts-dir",
+        standalone=("file", "other"),
+    )
+    def apply(
+        request: Request,
+        file: Annotated[Path | None, typer.Option("--file")] = None,
+        other: Annotated[str, typer.Option("--other")] = "",
+        name: Annotated[str | None, typer.Option("--name")] = None,
+        out: Annotated[Path | None, typer.Option("--out")] = None,
+    ) -> None:
+        """Apply."""
+        requests.append(request)
+        received.update(file=file, other=other, name=name, out=out)
+
     app = typer.Typer(pretty_exceptions_enable=False)
     app.command("train")(train)
     app.command("look")(look)
+    app.command("apply")(apply)
 
     def call(*words: str) -> Any:
         requests.clear()
@@ -193,6 +218,71 @@ def test_a_reading_command_takes_the_settings_of_the_run(run: Any, toy: ModuleTy
     assert (request.settings.optim.lr, request.run) == (0.2, "x-1@best")
     assert request.folder == Path("runs/toy/x-1")
     assert run("look").folder == Path("runs/toy/x-1"), "latest finished"
+
+
+@pytest.mark.parametrize("option", ["--run", "--experts-dir"])
+def test_the_run_may_have_the_name_of_an_original_program(
+    run: Any, toy: ModuleType, option: str
+) -> None:
+    folder = stored(toy, "x-1", "finished", optim__lr=0.7)
+    request = run("apply", option, "x-1")
+    assert (request.folder, request.run) == (folder, "x-1")
+    assert request.settings.optim.lr == 0.7
+
+
+def test_a_command_without_an_alias_has_no_such_option(run: Any, toy: ModuleType) -> None:
+    stored(toy, "x-1", "finished")
+    result = run("look", "--experts-dir", "x-1")
+    assert result.exit_code == 2
+    assert "--experts-dir" in result.output
+
+
+@pytest.mark.parametrize("words", [("--file", "x.npz"), ("--other", "x")])
+def test_input_that_stands_alone_needs_no_run(run: Any, toy: ModuleType, words: Any) -> None:
+    request = run("apply", *words)
+    assert (request.folder, request.run) == (None, "")
+    stored(toy, "x-1", "finished", optim__lr=0.7)
+    request = run("apply", *words)
+    assert request.folder is None, "a finished run does not come into it"
+    assert request.settings == toy.settings()
+
+
+def test_input_that_stands_alone_may_have_a_run_all_the_same(run: Any, toy: ModuleType) -> None:
+    folder = stored(toy, "x-1", "finished", optim__lr=0.7)
+    request = run("apply", "--file", "x.npz", "--run", "x-1")
+    assert (request.folder, request.settings.optim.lr) == (folder, 0.7)
+
+
+def test_without_input_the_newest_finished_run_is_read(run: Any, toy: ModuleType) -> None:
+    with pytest.raises(UserError, match="no finished run of toy"):
+        run("apply")
+    folder = stored(toy, "x-1", "finished")
+    stored(toy, "x-2", "failed")
+    assert (run("apply").folder, run("apply", "--other", "").folder) == (folder, folder)
+
+
+def test_own_parameters_may_be_named_like_common_ones(run: Any, received: dict[str, Any]) -> None:
+    request = run("apply", "--file", "x", "--name", "mine", "--out", "place")
+    assert (request.name, request.out) == ("mine", Path("place"))
+    assert received == {"file": Path("x"), "other": "", "name": "mine", "out": Path("place")}
+
+
+def test_own_names_are_checked_like_those_of_runs(run: Any, toy: ModuleType) -> None:
+    assert run("apply", "--file", "x").name == "apply"
+    Path("own.toml").write_text("[optim]\nlr = 0.2\n")
+    assert run("apply", "--file", "x", "-p", "own.toml").name == "own"
+    with pytest.raises(UserError, match=r"run name .* is not a usable name"):
+        run("apply", "--file", "x", "--name", "a/b")
+
+
+def test_a_reading_command_has_neither_name_nor_folder_of_its_own(
+    run: Any, toy: ModuleType
+) -> None:
+    stored(toy, "x-1", "finished")
+    for option in ("--name", "--out", "--resume"):
+        assert run("look", option, "x").exit_code == 2
+    request = run("look")
+    assert (request.name, request.out, request.resume) == ("look", None, "")
 
 
 def test_resumable_keys_exist_in_some_system() -> None:

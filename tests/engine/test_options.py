@@ -82,6 +82,25 @@ def test_common_options_are_the_ones_that_are_taken_out_again(train: bool) -> No
     assert ({"name", "out", "resume"} <= names) == train
 
 
+def spellings(train: bool, run_alias: str) -> dict[str, tuple[str, ...]]:
+    """Return how each common option may be written."""
+    found = {
+        option.name: get_args(option.annotation)[1]
+        for option in options.common_options("balpoe", train, run_alias)
+    }
+    return {name: (option.default, *option.param_decls) for name, option in found.items()}
+
+
+def test_the_run_to_read_may_have_another_name() -> None:
+    plain, named = (spellings(False, alias) for alias in ("", "--experts-dir"))
+    assert (plain["run"], named["run"]) == (("--run",), ("--run", "--experts-dir"))
+    assert {**plain, "run": ()} == {**named, "run": ()}
+
+
+def test_the_other_name_of_the_run_is_for_commands_that_read_one() -> None:
+    assert spellings(True, "--experts-dir") == spellings(True, "")
+
+
 def test_completion_offers_presets_and_runs(toy: ModuleType) -> None:
     folder = Path("runs/balpoe/digits-1")
     folder.mkdir(parents=True)
