@@ -3,15 +3,17 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor
 
 from moectl import __version__
 from moectl.balpoe.groups import Groups, read_json
 from moectl.balpoe.losses import log_posterior, log_prior
 from moectl.balpoe.rule import Plugin
+from moectl.balpoe.settings import POSTERIOR, PluginSection
 from moectl.engine.errors import UserError
 from moectl.engine.files import is_file
 from moectl.engine.settings import nearest
@@ -102,32 +104,104 @@ def _point(plugin: Plugin, number: int) -> dict[str, Any]:
     }
 
 
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="ignore")
+
+
+class _Groups(_Strict):
+    names: list[str]
+    of_class: list[int]
+
+
+class _Checkpoint(_Strict):
+    file: str
+    sha256: str
+    epoch: int
+
+
+class _Rule(_Strict):
+    rate: float | None
+    cost: float | None
+    alpha: list[Annotated[float, Field(gt=0)]]
+    mu: list[float]
+    rejection_threshold: float | None
+    group_weights: list[float]
+    rejection: float
+    group_errors: list[float]
+
+
+class _Document(_Strict):
+    """What the file of a plug-in must hold; more may stand in it."""
+
+    checkpoint: _Checkpoint
+    groups: _Groups
+    posterior: Annotated[str, Field(pattern=POSTERIOR)]
+    expert_weights: list[Annotated[float, Field(ge=0)]]
+    tau_list: list[float]
+    label_prior: list[Annotated[float, Field(ge=0)]]
+    class_counts: list[int]
+    class_names: list[str]
+    config: dict[str, Any]
+    points: Annotated[list[_Rule], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _parts_fit_together(self) -> "_Document":
+        groups, classes, experts = (
+            len(self.groups.names),
+            len(self.class_counts),
+            len(self.tau_list),
+        )
+        if set(self.groups.of_class) != set(range(groups)):
+            raise ValueError("groups.of_class does not name every group")
+        single = self.posterior.partition(":")[2]
+        if single and int(single) >= experts:
+            raise ValueError(f"posterior is {self.posterior}, for {experts} experts")
+        _check_length("groups.of_class", self.groups.of_class, classes)
+        _check_length("class_names", self.class_names, classes)
+        _check_length("label_prior", self.label_prior, classes)
+        _check_length("expert_weights", self.expert_weights, experts)
+        for rule in self.points:
+            for name in ("alpha", "mu", "group_weights", "group_errors"):
+                _check_length(name, getattr(rule, name), groups)
+        PluginSection(**{name: value for name, value in self.config.items() if name != "seed"})
+        if not isinstance(self.config.get("seed"), int):
+            raise ValueError("config has no seed")
+        return self
+
+
+def _check_length(name: str, values: Sequence[Any], wanted: int) -> None:
+    if len(values) != wanted:
+        raise ValueError(f"{name} has {len(values)} entries, expected {wanted}")
+
+
 def read_plugin(path: Path) -> Fitted:
     """Read a plug-in that `moectl balpoe plugin` wrote.
 
     Raises:
         UserError: if the file is missing, damaged or something else.
     """
-    document = read_json(path)
     try:
-        return _from_document(document)
-    except (KeyError, TypeError, ValueError) as error:
-        reason = f"no {error}" if isinstance(error, KeyError) else str(error)
+        return _from_document(_Document.model_validate(read_json(path)))
+    except ValidationError as error:
+        first = error.errors()[0]
+        reason = ".".join(map(str, first["loc"])) + f": {first['msg']}"
+        if first["type"] == "missing":
+            reason = f"no {str(first['loc'][-1])!r}"
+        reason = " ".join(reason.split()).lstrip(": ")
         raise UserError(f"{path}: not a plug-in of moectl balpoe plugin ({reason})") from None
 
 
-def _from_document(document: Any) -> Fitted:
-    points = document["points"]
-    groups = document["groups"]
+def _from_document(document: _Document) -> Fitted:
+    points = document.points
 
     def column(name: str) -> Tensor:
-        return torch.tensor([point[name] for point in points], dtype=torch.float64)
+        return torch.tensor([getattr(point, name) for point in points], dtype=torch.float64)
 
-    thresholds = [point["rejection_threshold"] for point in points]
+    thresholds = [point.rejection_threshold for point in points]
     plugin = Plugin(
-        groups=Groups(tuple(groups["names"]), tuple(groups["of_class"])),
-        rates=tuple(point["rate"] for point in points),
-        costs=tuple(point["cost"] for point in points),
+        groups=Groups(tuple(document.groups.names), tuple(document.groups.of_class)),
+        rates=tuple(point.rate for point in points),
+        costs=tuple(point.cost for point in points),
         alpha=column("alpha"),
         mu=column("mu"),
         thresholds=torch.tensor(
@@ -139,18 +213,16 @@ def _from_document(document: Any) -> Fitted:
         errors=column("group_errors"),
         trace={},
     )
-    if plugin.alpha.shape != (len(points), len(groups["names"])) or not points:
-        raise ValueError("alpha is not one number for each group")
     return Fitted(
         plugin=plugin,
-        posterior=document["posterior"],
-        expert_weights=document["expert_weights"],
-        prior=torch.tensor(document["label_prior"], dtype=torch.float64),
-        class_counts=document["class_counts"],
-        class_names=document["class_names"],
-        taus=document["tau_list"],
-        weights=document["checkpoint"],
-        config=document["config"],
+        posterior=document.posterior,
+        expert_weights=document.expert_weights,
+        prior=torch.tensor(document.label_prior, dtype=torch.float64),
+        class_counts=document.class_counts,
+        class_names=document.class_names,
+        taus=document.tau_list,
+        weights=document.checkpoint.model_dump(),
+        config=document.config,
     )
 
 

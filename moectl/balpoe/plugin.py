@@ -201,6 +201,8 @@ def run_plugin(request: Request, logits: Path | None) -> tuple[dict[str, Any], s
         with open_run(replace(request, settings=_described(settings, outputs))) as run:
             return _keep(fitted, _adopt(run, logits, outputs), request.name)
     assert request.folder is not None
+    if request.out:
+        raise UserError("--out is for --logits alone", "a plug-in of a run is kept in the run")
     found = open_classifier(settings, request.run, request.folder, request.cpu)
     if logits:
         found = _with_outputs(found, logits, settings)
@@ -261,7 +263,7 @@ def _keep(fitted: Fitted, found: Classifier, name: str) -> tuple[dict[str, Any],
 
 def _same_fit(path: Path, document: Mapping[str, Any]) -> bool:
     old = read_json(path)
-    names = ("config", "checkpoint", "label_prior")
+    names = ("config", "checkpoint", "label_prior", "groups")
     return isinstance(old, dict) and all(old.get(name) == document[name] for name in names)
 
 

@@ -59,6 +59,8 @@ def run_reject(request: Request, choice: Choice) -> list[dict[str, Any]]:
     Raises:
         UserError: if plug-in, items and operating point do not fit together.
     """
+    if choice.rate is not None and choice.cost is not None:
+        raise UserError("--target-rate and --cost exclude each other")
     path = find_plugin(request.folder, choice.plugin)
     fitted = read_plugin(path)
     items = _items(request, choice, path, fitted)

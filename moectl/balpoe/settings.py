@@ -21,6 +21,9 @@ Rates = Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], ...], BeforeValidat
 Costs = Annotated[tuple[Annotated[float, Field(ge=0, le=1)], ...], BeforeValidator(_numbers)]
 
 
+POSTERIOR = r"^(poe|mixture|single:[0-9]+)$"
+
+
 class DataSection(Section):
     """The images."""
 
@@ -156,9 +159,7 @@ class BalpoeTrain(TrainSection):
 class PluginSection(Section):
     """The rule that says when to reject."""
 
-    posterior: Annotated[
-        str, Flag("--posterior"), Field(pattern=r"^(poe|mixture|single:[0-9]+)$")
-    ] = "poe"
+    posterior: Annotated[str, Flag("--posterior"), Field(pattern=POSTERIOR)] = "poe"
     """How experts are combined: `poe`, `mixture`, or `single:E` for expert E alone."""
     expert_weights: Annotated[str, Flag("--expert-weights")] = "equal"
     """Shares of the experts: `equal`, `grid` (searched on validation images) or a list."""

@@ -79,8 +79,7 @@ def command(  # noqa: PLR0913 - what a command is made of
         size: returns the size of the job for `--dry-run`.
         dropped: options of the original programs that are gone, with what replaced them.
         run_alias: another name of `--run`, as an original program has it.
-        standalone: parameters of the function that name the input themselves, so that no run is
-            read unless `--run` is given.
+        standalone: parameters of the function that may name a file to read in place of a run.
     """
     room = str(cls.model_config.get("env_prefix", "")).removeprefix("MOECTL_").strip("_").lower()
     flags = {
@@ -118,8 +117,11 @@ def command(  # noqa: PLR0913 - what a command is made of
 
 
 def _reference(common: Mapping[str, Any], others: Sequence[Any]) -> str:
-    """Return the run to read: the newest, unless there is something else to read."""
-    return common.get("run") or ("" if any(others) else "latest")
+    """Return the run to read: the newest, unless there is a file to read instead."""
+    files = [
+        other for other in others if other and (isinstance(other, Path) or is_file(Path(other)))
+    ]
+    return common.get("run") or ("" if files else "latest")
 
 
 def _size(size: Callable[[Any], dict[str, Any]] | None, settings: Settings) -> dict[str, Any]:

@@ -101,7 +101,12 @@ def fitted(kind: str = "poe") -> Fitted:
         class_names=["a", "b", "c", "d"],
         taus=TAUS,
         weights={"file": "model_best.pth", "sha256": "0" * 64, "epoch": 3},
-        config={"objective": "balanced", "mu_method": "fixed-point", "label_prior": "train"},
+        config={
+            "objective": "balanced",
+            "mu_method": "fixed-point",
+            "label_prior": "train",
+            "seed": 1,
+        },
     )
 
 
@@ -255,7 +260,6 @@ def test_damage_is_refused(document: Any) -> None:
     assert "not a plug-in" in refused(json.dumps(document))
 
 
-@pytest.mark.xfail(strict=True, reason="read_plugin does not look at these yet")
 @pytest.mark.parametrize(
     "document",
     [
@@ -289,6 +293,10 @@ def test_damage_is_refused(document: Any) -> None:
         DOCUMENT | {"checkpoint": {}},
         DOCUMENT | {"config": None},
         DOCUMENT | {"config": []},
+        DOCUMENT | {"config": {}},
+        DOCUMENT | {"config": {"seed": "one"}},
+        DOCUMENT | {"config": {"seed": 1, "unknown": 2}},
+        DOCUMENT | {"config": {"seed": 1, "rates": [2]}},
     ],
 )
 def test_parts_that_do_not_fit_together_are_refused(document: Any) -> None:

@@ -156,55 +156,13 @@ def test_names_with_commas_survive_csv(moectl: Call) -> None:
     assert found == set(names.tolist())
 
 
-def test_how_many_were_rejected_is_told_apart_from_the_rows(moectl: Call, theirs: Path) -> None:
-    _, out, err = moectl("reject", "--run", "theirs", "--logits", "new.npz", "--cost", "0.2")
-    rejected = sum(json.loads(line)["reject"] for line in out.splitlines())
-    assert f"{rejected} of 60 rejected" in err
-    assert "as in training" in " ".join(err.split()).replace("as frequent", "")
-
-
 # Operating points
-
-
-def test_an_operating_point_must_be_chosen_among_several(moectl: Call, theirs: Path) -> None:
-    message = refused(moectl("reject", "--run", "theirs", "--logits", "new.npz"))
-    assert "rate 0.1, rate 0.3, cost 0.2" in message
-
-
-@pytest.mark.parametrize(
-    ("words", "asked"),
-    [
-        (("--target-rate", "0.2"), "rate 0.2"),
-        (("--cost", "0.1"), "cost 0.1"),
-        (("--cost", "nan"), "cost nan"),
-    ],
-)
-def test_a_point_that_was_not_fitted_is_refused(
-    moectl: Call, theirs: Path, words: tuple[str, ...], asked: str
-) -> None:
-    message = refused(moectl("reject", "--run", "theirs", *words))
-    assert f"{asked} is not among the fitted ones: rate 0.1, rate 0.3, cost 0.2" in message
-
-
-@pytest.mark.xfail(strict=True, reason="the cost wins in silence")
-def test_a_rate_and_a_cost_exclude_each_other(moectl: Call, theirs: Path) -> None:
-    words = ("--run", "theirs", "--target-rate", "0.1", "--cost", "0.2")
-    assert "exclude each other" in refused(moectl("reject", *words))
 
 
 def test_the_only_point_needs_no_name(moectl: Call, theirs: Path) -> None:
     moectl("plugin", *ALONE, "0.3", "--name", "one")
     one = judged(moectl, "--run", "theirs", "--plugin", "one")
     assert one == judged(moectl, "--run", "theirs", "--plugin", "moe", "--target-rate", "0.3")
-
-
-def test_a_higher_cost_rejects_less(moectl: Call, theirs: Path) -> None:
-    costs = ("0.05", "0.2", "0.6")
-    moectl("plugin", "--run", "theirs", "--rates=", "--costs", ";".join(costs), "--quiet")
-    found = [judged(moectl, "--run", "theirs", "--cost", cost) for cost in costs]
-    rejected = [sum(row["reject"] for row in rows) for rows in found]
-    assert rejected == sorted(rejected, reverse=True)
-    assert rejected[0] > rejected[-1]
 
 
 @pytest.mark.parametrize("prior", ["train", "uniform"])
@@ -234,18 +192,6 @@ def test_the_newest_plugin_is_applied(moectl: Call, theirs: Path) -> None:
     assert rows == judged(moectl, "--run", "theirs", "--plugin", "newer")
 
 
-@pytest.mark.parametrize("option", ["--run", "--experts-dir", "--experts_dir"])
-def test_the_run_has_its_original_name(moectl: Call, theirs: Path, option: str) -> None:
-    assert len(judged(moectl, option, "theirs", "--cost", "0.2")) == 200
-
-
-@pytest.mark.parametrize("option", ["--plugin", "--plugin-checkpoint", "--plugin_checkpoint"])
-def test_a_plugin_in_a_run_needs_no_run(moectl: Call, theirs: Path, option: str) -> None:
-    rows = judged(moectl, option, str(plugin_of(theirs)), "--cost", "0.2")
-    assert rows == judged(moectl, "--run", "theirs", "--cost", "0.2")
-
-
-@pytest.mark.xfail(strict=True, reason="a name is looked for in no run unless --run is given")
 def test_a_name_is_looked_for_in_the_newest_run(moectl: Call) -> None:
     np.savez("held.npz", **HELD)
     moectl("plugin", "--logits", "held.npz", "--name", "moe", "--rates", "0.2", "--quiet")
@@ -283,65 +229,6 @@ def test_logits_of_the_same_or_unknown_weights_are_judged(moectl: Call, theirs: 
     np.savez("own.npz", logits=NEW, weights=np.array(own))
     words = ("--run", "theirs", "--cost", "0.2", "--logits")
     assert judged(moectl, *words, "own.npz") == judged(moectl, *words, "new.npz")
-
-
-def without(name: str) -> None:
-    document = json.loads(Path("theirs/plugins/moe", FILE).read_text())
-    del document[name]
-    Path("damaged.json").write_text(json.dumps(document))
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ("--logits other.npz", "other.npz: the logits are of the weights bbbbbbbbbbbb"),
-        ("--logits one.npz", "fitted to 2 expert(s) of 5 classes, the items have 1 of 5"),
-        ("--logits wide.npz", "fitted to 2 expert(s) of 5 classes, the items have 2 of 7"),
-        ("--logits nan.npz", "nan.npz: logits: row 3 is not finite"),
-        ("--logits sums.npz", "sums.npz: posteriors: row 0 of expert 0 sums to 2"),
-        ("--logits labels.npz", "labels out of range: row 0 is 9"),
-        ("--logits none.npz", "none.npz: cannot be read"),
-        ("--logits text.npz", "text.npz: not readable"),
-        ("--logits new.npz --images .", "--logits and --images exclude each other"),
-        ("--images .", "theirs: holds logits only"),
-        ("--plugin mow", "theirs: no plug-in mow; did you mean moe?"),
-        ("--plugin none.json", "no plug-in none.json"),
-        ("--plugin damaged.json", "damaged.json: not a plug-in of moectl balpoe plugin (no"),
-        ("--plugin text.npz", "text.npz: not valid JSON"),
-        ("--test-prior none.txt", "label prior none.txt: expected train, uniform or a file"),
-        ("--test-prior short.txt", "short.txt: holds 2 numbers, expected 5"),
-        ("--test-prior text.npz", "text.npz, line 1: no archive is not a finite number"),
-        ("--format xml", "'xml' is not one of"),
-        ("--target-rate half", "--target-rate"),
-        ("--save-dir x", "--save-dir is not an option of moectl balpoe reject"),
-    ],
-)
-def test_bad_input_is_one_sentence(moectl: Call, theirs: Path, words: str, message: str) -> None:
-    broken = np.where(np.arange(60)[:, None, None] == 3, np.nan, NEW)
-    np.savez("other.npz", logits=NEW, weights=np.array("b" * 64))
-    np.savez("one.npz", logits=NEW[:, :1])
-    np.savez("wide.npz", logits=np.zeros((4, 2, 7)))
-    np.savez("nan.npz", logits=broken)
-    np.savez("sums.npz", posteriors=np.full((4, 2, 5), 0.4))
-    np.savez("labels.npz", logits=NEW, labels=np.full(60, 9))
-    Path("text.npz").write_text("no archive")
-    Path("short.txt").write_text("1\n2\n")
-    without("points")
-    assert message in refused(
-        moectl("reject", "--run", "theirs", "--cost", "0.2", *words.split(), "--quiet")
-    )
-
-
-def test_a_run_without_plugins_is_told_how_to_fit_one(moectl: Call, theirs: Path) -> None:
-    shutil.rmtree("theirs/plugins")
-    outcome = moectl("reject", "--run", "theirs")
-    assert "theirs: no plug-in yet" in refused(outcome)
-    assert "hint: moectl balpoe plugin" in outcome[2]
-
-
-@pytest.mark.parametrize("words", [(), ("--plugin", ""), ("--run", "none")])
-def test_there_must_be_something_to_apply(moectl: Call, words: tuple[str, ...]) -> None:
-    assert "run" in refused(moectl("reject", *words))
 
 
 # Other label priors

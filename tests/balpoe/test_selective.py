@@ -294,7 +294,6 @@ def test_items_divided_anew_keep_their_logits_labels_and_numbers() -> None:
     assert len(found.val_labels) == len(outputs.val_labels) == 80
     for labels, per_class in ((found.val_labels, 8), (found.test_labels, 32)):
         assert torch.bincount(labels).tolist() == [per_class] * 10
-    assert set(found.val_indices) != set(outputs.val_indices)
     assert sorted([*found.val_indices, *found.test_indices]) == list(range(400))
 
     def by_number(those: Outputs) -> tuple[Tensor, Tensor]:
@@ -304,8 +303,8 @@ def test_items_divided_anew_keep_their_logits_labels_and_numbers() -> None:
 
     for one, other in zip(by_number(found), by_number(outputs), strict=True):
         assert torch.equal(one, other)
-    assert redivided(outputs, 7).val_indices == found.val_indices
-    assert redivided(outputs, 8).val_indices != found.val_indices
+    again, other = (redivided(outputs, seed).val_indices for seed in (7, 8))
+    assert again == found.val_indices != other != outputs.val_indices
 
 
 @pytest.mark.parametrize("prior", ["train", "uniform"])
@@ -347,13 +346,13 @@ def test_one_expert_leaves_nothing_to_combine() -> None:
     torch.testing.assert_close(found["plugin_single"].scores, three.scores, rtol=1e-4, atol=1e-4)
 
 
-def confused(outputs: Outputs, *experts: int) -> Outputs:
-    """Blur what some experts say."""
+def confused(outputs: Outputs, *experts: int, share: float = 1) -> Outputs:
+    """Blur what some experts say, and keep a share of it."""
     parts = {}
     for name in ("val_logits", "test_logits"):
         logits = getattr(outputs, name).clone()
-        noise = torch.randn(len(logits), 10, generator=torch.Generator().manual_seed(0))
-        logits[:, list(experts)] += noise[:, None]
+        drawn = torch.randn(len(logits), 1, 10, generator=torch.Generator().manual_seed(0))
+        logits[:, list(experts)] = share * logits[:, list(experts)] + (4 - 3 * share) * drawn
         parts[name] = logits
     return replace(outputs, **parts)
 
@@ -369,8 +368,10 @@ def test_the_single_expert_is_the_most_balanced_one() -> None:
         assert not torch.equal(blurred[name].scores, clear[name].scores)
 
 
-def test_searched_weights_listen_to_the_expert_that_knows() -> None:
-    found = compare(task_of(confused(known_outputs(), 0, 2)), {})["methods"]
+@pytest.mark.parametrize(("share", "items"), [(1, 200), (0, 40)])
+def test_searched_weights_listen_to_the_expert_that_knows(share: float, items: int) -> None:
+    # Without a clue, and from few items, some rules accept none of the tail.
+    found = compare(task_of(confused(known_outputs(items), 0, 2, share=share)), {})["methods"]
     for kind in KINDS:
         areas = {name: method["aurc"][kind]["normalised"] for name, method in found.items()}
         assert areas["moe_plugin"] == areas["plugin_single"] < areas["plugin_balpoe_avg"] - 0.05

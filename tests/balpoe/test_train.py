@@ -83,7 +83,7 @@ def test_the_split_is_stratified_and_disjoint(trained):
 
 
 def test_evaluating_again_gives_what_training_found(trained, capsys):
-    assert _run(["balpoe", "eval", "--run", str(trained), "--json"]) == 0
+    assert _run(["balpoe", "eval", "--run", str(trained), "--json", "--no-rejection"]) == 0
     document = json.loads(capsys.readouterr().out)
     summary = json.loads((trained / "summary.json").read_text())
     assert document["scores"] == {
@@ -115,7 +115,7 @@ def test_training_tells_scripts_where_the_run_is(tmp_path, capsys):
 
 
 def test_weights_are_evaluated_by_epoch_and_unknown_ones_refused(trained):
-    assert _run(["balpoe", "eval", "--run", f"{trained}@2", "--quiet"]) == 0
+    assert _run(["balpoe", "eval", "--run", f"{trained}@2", "--quiet", "--no-rejection"]) == 0
     assert (trained / "evals" / "test@epoch2.json").exists()
     assert _run(["balpoe", "eval", "--run", f"{trained}@7"]) == 2
 
@@ -128,7 +128,7 @@ def test_a_public_checkpoint_becomes_a_run_with_the_same_scores(trained, tmp_pat
     folder = tmp_path / "imported"
     assert _run(["balpoe", "import", str(public), *SHAPE, "--out", str(folder)]) == 0
     capsys.readouterr()
-    assert _run(["balpoe", "eval", "--run", str(folder), "--json"]) == 0
+    assert _run(["balpoe", "eval", "--run", str(folder), "--json", "--no-rejection"]) == 0
     document = json.loads(capsys.readouterr().out)
     summary = json.loads((trained / "summary.json").read_text())
     assert document["scores"]["accuracy"] == summary["last"]["accuracy"]

@@ -237,8 +237,9 @@ def test_a_command_without_an_alias_has_no_such_option(run: Any, toy: ModuleType
     assert "--experts-dir" in result.output
 
 
-@pytest.mark.parametrize("words", [("--file", "x.npz"), ("--other", "x")])
+@pytest.mark.parametrize("words", [("--file", "none.npz"), ("--other", "there.json")])
 def test_input_that_stands_alone_needs_no_run(run: Any, toy: ModuleType, words: Any) -> None:
+    Path("there.json").touch()
     request = run("apply", *words)
     assert (request.folder, request.run) == (None, "")
     stored(toy, "x-1", "finished", optim__lr=0.7)
@@ -258,7 +259,8 @@ def test_without_input_the_newest_finished_run_is_read(run: Any, toy: ModuleType
         run("apply")
     folder = stored(toy, "x-1", "finished")
     stored(toy, "x-2", "failed")
-    assert (run("apply").folder, run("apply", "--other", "").folder) == (folder, folder)
+    for words in ((), ("--other", ""), ("--other", "name"), ("--other", "n" * 300)):
+        assert run("apply", *words).folder == folder, "a text that names no file may be in the run"
 
 
 def test_own_parameters_may_be_named_like_common_ones(run: Any, received: dict[str, Any]) -> None:
