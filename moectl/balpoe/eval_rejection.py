@@ -46,10 +46,9 @@ def evaluate_rejection(
     """
     section, outputs = settings.plugin, found.outputs
     saved = {name: read_plugin(find_plugin(found.folder, name)) for name in plugins}
-    if not section.rates:
-        log.warning("rejection is not measured: plugin.rates is empty")
-        return None
     try:
+        if not section.rates:
+            raise UserError("plugin.rates is empty")
         groups = class_groups(
             section.groups, outputs.class_counts, outputs.class_names, section.tail_threshold
         )
@@ -63,7 +62,7 @@ def evaluate_rejection(
             by_prior[name] = compare(task, saved)
     except (UserError, ValueError) as error:
         if plugins:
-            raise UserError(str(error)) from None
+            raise UserError(str(error), getattr(error, "hint", "")) from None
         log.warning("rejection is not measured: %s", error)
         return None
     document = {

@@ -74,9 +74,8 @@ def open_classifier(
     accelerator = build_accelerator(settings.train, cpu, str(read_record(path.parent)["precision"]))
     cache = path.parent / "logits" / f"{weights.sha256[:16]}.safetensors"
     key = _key(settings, weights.sha256)
-    if read_facts(cache).get("key") == key:
-        outputs = read_outputs(cache, 0.5, 0)
-    else:
+    outputs = _kept(cache, key)
+    if outputs is None:
         with accelerator.main_process_first():
             data = load(settings.data, settings.train.seed)
         _same_data(data, weights.facts, path.parent)
@@ -162,6 +161,15 @@ def _key(settings: BalpoeSettings, sha256: str) -> str:
     """Name what the outputs depend on: weights, images and their division; not where they lie."""
     data = settings.data.model_dump(mode="json", exclude=set(_PLACES))
     return json.dumps({"weights": sha256, "seed": settings.train.seed, **data}, sort_keys=True)
+
+
+def _kept(cache: Path, key: str) -> Outputs | None:
+    """Return the outputs of an earlier time, if there are any of the same weights and images."""
+    try:
+        return read_outputs(cache, 0.5, 0) if read_facts(cache).get("key") == key else None
+    except UserError as error:
+        log.warning("%s; computed again", error.message)
+        return None
 
 
 def _keep(cache: Path, outputs: Outputs, key: str) -> None:

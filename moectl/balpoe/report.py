@@ -49,8 +49,14 @@ class Evidence:
 
     @property
     def rejection(self) -> Mapping[str, Any]:
-        """The evaluation of rejection that is shown."""
-        return _preferred(self.rejections)
+        """The evaluation of rejection that is shown; not one of weights that were replaced."""
+        return _preferred(
+            {
+                tag: document
+                for tag, document in self.rejections.items()
+                if document["weights"] == self.evaluations.get(tag, {}).get("weights")
+            }
+        )
 
 
 def _preferred(documents: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:

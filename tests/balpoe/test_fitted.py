@@ -44,10 +44,11 @@ def test_known_posteriors(kind: str, prior: torch.Tensor, expected: tuple[float,
     assert found.tolist() == [pytest.approx(expected, abs=1e-6)]
 
 
-def test_the_prior_of_single_precision_logits_is_exact() -> None:
+@pytest.mark.parametrize("kind", ["poe", "mixture", "single:0"])
+def test_logits_that_say_nothing_leave_the_prior(kind: str) -> None:
     counts = [3_000_000, 1]
     prior = torch.tensor(counts, dtype=torch.float64) / sum(counts)
-    found = posteriors(torch.zeros(1, 1, 2), counts, [1.0], prior)
+    found = posteriors(torch.zeros(1, 1, 2), counts, [1.0], prior, kind)
     assert found[0].tolist() == pytest.approx(prior.tolist(), rel=1e-6)
 
 

@@ -286,3 +286,13 @@ def test_only_the_data_of_the_training_pass(tmp_path: Path) -> None:
     (tmp_path / "split.json").write_text(json.dumps({**split, "val": split["test"]}))
     with pytest.raises(UserError, match=r"split\.json"):
         _same_data(data, facts, tmp_path)
+
+
+def test_damaged_outputs_are_computed_again(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    first = opened(run)
+    whole = kept(run).read_bytes()
+    kept(run).write_bytes(whole[: len(whole) // 2])
+    again = opened(run)
+    assert "computed again" in caplog.text
+    assert torch.equal(first.outputs.test_logits, again.outputs.test_logits)
+    assert len(kept(run).read_bytes()) == len(whole)

@@ -85,7 +85,8 @@ def test_a_plugin_says_how_it_combines_experts(kind: str) -> None:
     shares = torch.full((3,), 1 / 3, dtype=torch.float64)
     expected = posteriors(noisy.val_logits, COUNTS, TAUS, found.prior, kind, shares)
     torch.testing.assert_close(found.posteriors(noisy.val_logits), expected)
-    assert (found.posterior, found.expert_weights) == (kind, pytest.approx([1 / 3] * 3))
+    assert found.posterior == kind
+    assert found.expert_weights == pytest.approx([1 / 3] * 3)
     listed = fit(noisy, section(posterior=kind, expert_weights=[1, 1, 2]), 3)
     assert listed.expert_weights == [0.25, 0.25, 0.5]
     assert torch.equal(listed.plugin.alpha, found.plugin.alpha) == (kind == "single:0")
@@ -255,8 +256,8 @@ def moectl(capsys: pytest.CaptureFixture[str]) -> Call:
 def file_of(path: str = "outputs.npz", **changes: Any) -> str:
     """Write logits of all items; None leaves an array out."""
     logits, labels = sample()
-    arrays = {"logits": logits, "labels": labels, "class_counts": COUNTS, "taus": TAUS}
-    arrays = arrays | {"class_names": np.array(NAMES)} | changes
+    arrays: dict[str, Any] = {"logits": logits, "labels": labels, "class_names": np.array(NAMES)}
+    arrays |= {"class_counts": COUNTS, "taus": TAUS, **changes}
     np.savez(path, **{name: value for name, value in arrays.items() if value is not None})
     return path
 
@@ -358,9 +359,8 @@ def test_a_run_of_logits_is_a_run_like_others(
     assert moectl("plugin", "--run", "theirs", *BASE)[:2] == (0, f"{first}\n")
     assert document_of(first) == before
     code, out, _ = moectl("eval", "--run", "theirs", "--no-rejection", "--json", "--quiet")
-    assert code == 0
-    assert json.loads(out)["weights"] == before["checkpoint"]
-    assert json.loads(out)["images"] == 192
+    found = json.loads(out)
+    assert (code, found["weights"], found["images"]) == (0, before["checkpoint"], 192)
     assert Path("theirs/evals/test@logits.json").is_file()
     code, out, _ = moectl("reject", "--run", "theirs", "--target-rate", "0.3", "--quiet")
     assert code == 0
@@ -391,7 +391,7 @@ def test_the_division_of_a_file_follows_the_settings(moectl: Call) -> None:
 
 
 def test_the_settings_of_a_run_of_logits_describe_the_classifier(moectl: Call) -> None:
-    arrays = {"logits": sample((0.0, 1.5))[0], "taus": (0.0, 1.5)}
+    arrays: dict[str, Any] = {"logits": sample((0.0, 1.5))[0], "taus": (0.0, 1.5)}
     moectl("plugin", "--logits", file_of(**arrays), "--out", "theirs", *BASE)
     settings = from_toml(BalpoeSettings, Path("theirs/settings.toml"))
     assert (settings.model.experts, settings.taus) == (2, (0.0, 1.5))

@@ -41,7 +41,8 @@ def classify(labels: np.ndarray, seed: int, scale: float = 1.4) -> np.ndarray:
 
 
 LABELS = np.arange(400) % 5
-HELD = {"logits": classify(LABELS, 1), "labels": LABELS, "class_counts": COUNTS, "taus": TAUS}
+HELD: dict[str, Any] = {"logits": classify(LABELS, 1), "labels": LABELS}
+HELD |= {"class_counts": COUNTS, "taus": TAUS}
 NEW = classify(np.arange(60) % 5, 2)
 POINTS = ("--rates", "0.1;0.3", "--costs", "0.2")
 
@@ -253,10 +254,12 @@ def test_a_test_prior_is_a_fit_with_that_prior(
         assert one != judged(moectl, *chosen, "--plugin", "one")
 
 
-def test_a_test_prior_keeps_the_weights_of_the_experts(moectl: Call, theirs: Path) -> None:
-    words = (*ALONE, "0.2")
-    moectl("plugin", *words, "--expert-weights", "1;4", "--name", "one")
-    moectl("plugin", *words, "--expert-weights", "1;4", "--label-prior", "uniform", "--name", "two")
+def test_a_test_prior_keeps_groups_and_weights_of_the_fit(moectl: Call, theirs: Path) -> None:
+    Path("groups.json").write_text('{"one": ["ant", "eel"], "two": ["bee", "cat", "dog"]}')
+    words = (*ALONE, "0.2", "--expert-weights", "1;4", "--groups", "groups.json")
+    moectl("plugin", *words, "--name", "one")
+    moectl("plugin", *words, "--name", "two", "--label-prior", "uniform")
+    Path("groups.json").unlink()
     one = judged(moectl, "--run", "theirs", "--plugin", "one", "--test-prior", "uniform")
     assert one == judged(moectl, "--run", "theirs", "--plugin", "two")
 

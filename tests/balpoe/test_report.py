@@ -145,7 +145,9 @@ def rejection(error: float) -> dict[str, Any]:
 def write_rejection(folder: Path, tag: str, error: float) -> None:
     place = folder / "evals" / f"rejection@{tag}"
     place.mkdir()
-    (place / "metrics.json").write_text(json.dumps(rejection(error)))
+    accuracies = json.loads((folder / "evals" / f"test@{tag}.json").read_text())
+    document = {**rejection(error), "weights": accuracies["weights"]}
+    (place / "metrics.json").write_text(json.dumps(document))
 
 
 def written(folder: Path) -> str:
@@ -239,11 +241,21 @@ def test_rejection_stands_after_the_shifted_test_sets(folder: Path) -> None:
 
 
 def test_rejection_is_told_of_the_last_epoch_then_the_best_then_any(folder: Path) -> None:
+    (folder / "evals" / "test@epoch50.json").write_text(json.dumps(evaluation(0.4, 50)))
     for tag, error in (("epoch50", 0.1), ("best", 0.2), ("last", 0.3)):
         write_rejection(folder, tag, error)
         text = written(folder)
         assert f"## Rejection, weights `{tag}`" in text
         assert row(text, "`chow`")[1] == f"{100 * error:.1f}"
+
+
+def test_rejection_by_weights_that_were_replaced_is_left_out(folder: Path) -> None:
+    write_rejection(folder, "last", 0.3)
+    place = folder / "evals" / "test@last.json"
+    document = json.loads(place.read_text())
+    document["weights"]["sha256"] = "1"
+    place.write_text(json.dumps(document))
+    assert "## Rejection" not in written(folder)
 
 
 def test_a_torn_evaluation_of_rejection_is_left_out(folder: Path) -> None:

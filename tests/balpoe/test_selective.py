@@ -303,8 +303,8 @@ def test_items_divided_anew_keep_their_logits_labels_and_numbers() -> None:
 
     for one, other in zip(by_number(found), by_number(outputs), strict=True):
         assert torch.equal(one, other)
-    again, other = (redivided(outputs, seed).val_indices for seed in (7, 8))
-    assert again == found.val_indices != other != outputs.val_indices
+    again, third = (redivided(outputs, seed).val_indices for seed in (7, 8))
+    assert again == found.val_indices != third != outputs.val_indices
 
 
 @pytest.mark.parametrize("prior", ["train", "uniform"])

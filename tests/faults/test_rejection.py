@@ -16,11 +16,11 @@ ITEMS, CLASSES = 240, 6
 LABELS = np.arange(ITEMS) % CLASSES
 LOGITS = np.random.default_rng(0).normal(size=(ITEMS, 3, CLASSES)).astype(np.float32)
 LOGITS += 2 * np.eye(CLASSES, dtype=np.float32)[LABELS][:, None]
-HELD = {
+HELD: dict[str, Any] = {
     "logits": LOGITS, "labels": LABELS, "taus": [0.0, 1.0, 2.0],
     "class_counts": [400, 200, 110, 60, 15, 8],
 }  # fmt: skip
-DIVIDED = {
+DIVIDED: dict[str, Any] = {
     "logits": None, "labels": None, "val_logits": LOGITS[:120], "val_labels": LABELS[:120],
     "test_logits": LOGITS[120:], "test_labels": LABELS[120:],
 }  # fmt: skip
