@@ -16,7 +16,7 @@ from moectl.balpoe.inference import open_classifier
 from moectl.balpoe.logits import Outputs
 from moectl.balpoe.longtail import shifted_indices
 from moectl.balpoe.losses import log_posterior, log_prior, target_log_priors, to_uniform
-from moectl.balpoe.priors import calibrate, estimate_prior
+from moectl.balpoe.priors import PSEUDO_ITEMS, calibrate, estimate_prior
 from moectl.balpoe.report import report
 from moectl.balpoe.settings import BalpoeSettings
 from moectl.common import calibration as calibrated
@@ -195,8 +195,7 @@ def shifted_table(outputs: Outputs, ratios: tuple[float, ...]) -> list[dict[str,
     """Accuracy under shifted test distributions: prior unknown, estimated from the images, known.
 
     With a prior q, log q is added to the ensemble logits, which aim at the uniform prior. The
-    estimate sees no test label; it counts on posteriors that fit the validation labels, and halfway
-    on the uniform prior.
+    estimate sees no test label, only posteriors made to fit the validation labels.
     """
     labels, classes = outputs.test_labels, len(outputs.class_counts)
     per_class = torch.bincount(labels, minlength=classes)
@@ -217,7 +216,7 @@ def shifted_table(outputs: Outputs, ratios: tuple[float, ...]) -> list[dict[str,
         counts = torch.bincount(truth, minlength=classes).double()
         known = kept + (counts / counts.sum() + 1e-12).log()
         corrected = correction.apply(kept.log_softmax(1))
-        estimate = estimate_prior(corrected, uniform, pseudo_items=len(kept))
+        estimate = estimate_prior(corrected, uniform, pseudo_items=PSEUDO_ITEMS)
         estimated = kept + (estimate + 1e-12).log()
         rows.append(
             {

@@ -160,6 +160,8 @@ class _Document(_Strict):
         _check_length("class_names", self.class_names, classes)
         _check_length("label_prior", self.label_prior, classes)
         _check_length("expert_weights", self.expert_weights, experts)
+        if abs(sum(self.expert_weights) - 1) > 1e-4:
+            raise ValueError("expert_weights do not sum to 1")
         for rule in self.points:
             for name in ("alpha", "mu", "group_weights", "group_errors"):
                 _check_length(name, getattr(rule, name), groups)
@@ -187,7 +189,8 @@ def read_plugin(path: Path) -> Fitted:
         reason = ".".join(map(str, first["loc"])) + f": {first['msg']}"
         if first["type"] == "missing":
             reason = f"no {str(first['loc'][-1])!r}"
-        reason = " ".join(reason.split()).lstrip(": ")
+        reason = reason.lstrip(": ").replace("Value error, ", "").partition(" or instance")[0]
+        reason = " ".join(reason.split())
         raise UserError(f"{path}: not a plug-in of moectl balpoe plugin ({reason})") from None
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -167,22 +168,15 @@ def search_weights(
 
 def _simplex(experts: int) -> list[Tensor]:
     """List all shares of the experts in steps of a fifth, the most even ones first."""
-    counts = (
-        [
-            parts
-            for parts in itertools.product(range(_STEPS + 1), repeat=experts)
-            if sum(parts) == _STEPS
-        ]
-        if (_STEPS + 1) ** experts <= 10**6
-        else []
-    )
-    if not 0 < len(counts) <= _MOST_WEIGHTS:
+    if math.comb(experts + _STEPS - 1, _STEPS) > _MOST_WEIGHTS:
         raise UserError(
             f"plugin.expert_weights is grid, which is too large for {experts} experts",
             "choose equal, or give the weights as a list",
         )
-    counts.sort(key=lambda parts: sum(part**2 for part in parts))
-    return [torch.tensor(parts, dtype=torch.float64) / _STEPS for parts in counts]
+    chosen = itertools.combinations_with_replacement(range(experts), _STEPS)
+    counts = [torch.bincount(torch.tensor(each), minlength=experts) for each in chosen]
+    counts.sort(key=lambda parts: int(parts.square().sum()))
+    return [parts.double() / _STEPS for parts in counts]
 
 
 def run_plugin(request: Request, logits: Path | None) -> tuple[dict[str, Any], str]:
@@ -225,7 +219,8 @@ def _described(settings: BalpoeSettings, outputs: Outputs) -> BalpoeSettings:
 def _with_outputs(found: Classifier, path: Path, settings: BalpoeSettings) -> Classifier:
     """Take the outputs from a file instead, if they are of the same weights."""
     outputs = read_outputs(path, settings.data.val_fraction, settings.train.seed)
-    if outputs.weights != found.weights["sha256"]:
+    digest = outputs.weights or sha256(path.read_bytes())
+    if digest != found.weights["sha256"]:
         raise UserError(
             f"{path}: the logits are of the weights {outputs.weights[:12] or 'of unknown hash'},"
             f" {found.folder / found.weights['file']} is {found.weights['sha256'][:12]}",
@@ -263,8 +258,7 @@ def _keep(fitted: Fitted, found: Classifier, name: str) -> tuple[dict[str, Any],
 
 def _same_fit(path: Path, document: Mapping[str, Any]) -> bool:
     old = read_json(path)
-    names = ("config", "checkpoint", "label_prior", "groups")
-    return isinstance(old, dict) and all(old.get(name) == document[name] for name in names)
+    return isinstance(old, dict) and {**old, "moectl": None} == {**document, "moectl": None}
 
 
 def _line(point: Mapping[str, Any]) -> str:

@@ -17,6 +17,9 @@ from moectl.engine.errors import UserError
 from moectl.engine.files import is_file
 from moectl.engine.settings import nearest
 
+PSEUDO_ITEMS = 10.0
+"""Of each class, for real classifiers: few beside thousands of items, and enough for weak ones."""
+
 
 def label_prior(kind: str, class_counts: Sequence[int]) -> Tensor:
     """Return the label distribution that a setting names, (C,) float64 with sum 1.
@@ -152,8 +155,8 @@ def estimate_prior(
         log_prior: (C,) under which they hold, likewise.
         iterations: steps at most.
         tolerance: the largest change of a class at which the steps end.
-        pseudo_items: so many items spread evenly over the classes are added, which steadies the
-            estimate where posteriors tell little.
+        pseudo_items: so many items of each class are added, which steadies the estimate where
+            posteriors tell little.
 
     Returns:
         (C,) float64 with sum 1.
@@ -169,7 +172,7 @@ def estimate_prior(
     if not len(log_posteriors):
         raise ValueError("a label prior needs at least one item to be estimated from")
     estimate = log_prior.double().softmax(0)
-    even = (estimate > 0).double() / (estimate > 0).sum()
+    added = pseudo_items * (estimate > 0).double()
     ratios = (log_posteriors.double() - log_prior).masked_fill(estimate == 0, -math.inf)
     top = ratios.max(1, keepdim=True).values
     if not top.isfinite().all():
@@ -179,7 +182,7 @@ def estimate_prior(
         evidence = likelihoods @ estimate  # (N,)
         # The mean over items of likelihoods * estimate / evidence, without another (N, C).
         counts = estimate * (evidence.reciprocal() @ likelihoods)
-        updated = (counts + pseudo_items * even) / (len(likelihoods) + pseudo_items)
+        updated = (counts + added) / (len(likelihoods) + added.sum())
         change = (updated - estimate).abs().max()
         estimate = updated
         if change < tolerance:

@@ -15,7 +15,7 @@ from moectl.balpoe.fitted import FILE, Fitted, find_plugin, read_plugin
 from moectl.balpoe.inference import LOGITS, predict, rebuild
 from moectl.balpoe.logits import Outputs, read_items, read_outputs
 from moectl.balpoe.plugin import fit
-from moectl.balpoe.priors import calibrate, estimate_prior, label_prior
+from moectl.balpoe.priors import PSEUDO_ITEMS, calibrate, estimate_prior, label_prior
 from moectl.balpoe.settings import BalpoeSettings, PluginSection
 from moectl.common.scores import prior_weights
 from moectl.engine import artefact
@@ -146,8 +146,8 @@ def _stored(path: Path, fitted: Fitted) -> Path:
 
 
 def _of_images(images: Path, folder: Path, fitted: Fitted, request: Request) -> _Items:
-    settings: Any = request.settings if request.folder else None
-    if settings is None:
+    settings: Any = request.settings
+    if request.folder is None or request.folder.resolve() != folder:
         settings = from_toml(BalpoeSettings, folder / "settings.toml")
     if fitted.weights["file"] == LOGITS:
         raise UserError(
@@ -190,7 +190,7 @@ def _estimate(fitted: Fitted, outputs: Outputs, logits: Tensor) -> Tensor:
     )
     correction = calibrate(val, labels, prior_weights(labels, fitted.prior))
     start = fitted.prior.clamp_min(_TINY).log()
-    return estimate_prior(correction.apply(new), start, pseudo_items=len(new))
+    return estimate_prior(correction.apply(new), start, pseudo_items=PSEUDO_ITEMS)
 
 
 def lines(rows: list[dict[str, Any]], form: str) -> str:
