@@ -132,14 +132,15 @@ def reject(  # noqa: PLR0913 - the options of a command
 def eval_(
     request: Request,
     plugins: Annotated[list[str] | None, _Plugin] = None,
+    rejection: Annotated[
+        bool,
+        typer.Option("--rejection/--no-rejection", help="Also measure how errors fall by it."),
+    ] = True,
 ) -> None:
     """Measure accuracy, calibration and rejection of a trained run."""
     from moectl.balpoe.eval import run_eval
 
-    assert request.folder is not None
-    settings: Any = request.settings
-    found = run_eval(settings, request.run, request.folder, plugins or [], request.cpu)
-    console.result(*found)
+    console.result(*run_eval(request, plugins or [], rejection))
 
 
 @command(BalpoeSettings, ("data", "model", "loss"), train=True)

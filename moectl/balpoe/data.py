@@ -329,7 +329,8 @@ def folder_source(folder: Path, data: "DataSection") -> FolderSource:
     Raises:
         UserError: if the folder holds no image.
     """
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES)
+    files = (path for path in folder.rglob("*") if path.is_file())
+    paths = sorted(path for path in files if path.suffix.lower() in _SUFFIXES)
     if not paths:
         raise UserError(f"{folder}: no image in it ({', '.join(_SUFFIXES)})")
     if data.dataset in _SIDES:

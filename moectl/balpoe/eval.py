@@ -22,6 +22,8 @@ from moectl.balpoe.settings import BalpoeSettings
 from moectl.common import calibration as calibrated
 from moectl.common import scores
 from moectl.engine import console
+from moectl.engine.command import Request
+from moectl.engine.errors import UserError
 from moectl.engine.files import write_json, write_text
 
 if TYPE_CHECKING:
@@ -264,16 +266,14 @@ def _csv(rows: list[dict[str, Any]]) -> str:
 
 
 def run_eval(
-    settings: BalpoeSettings, reference: str, folder: Path, plugins: Sequence[str], cpu: bool
+    request: Request, plugins: Sequence[str], rejection: bool
 ) -> tuple[dict[str, Any], "Table"]:
     """Measure the weights that a reference names, write `evals/` and the report of its run.
 
     Args:
-        settings: those of the run.
-        reference: to the run and its weights.
-        folder: the run it names.
+        request: the run, its weights and settings.
         plugins: saved rules to be measured too, names or files.
-        cpu: stay on the CPU.
+        rejection: whether to measure rejection.
 
     Returns:
         The JSON document, and a table of the accuracies and calibration errors.
@@ -281,11 +281,15 @@ def run_eval(
     Raises:
         UserError: if the weights do not fit, or the data is not split as in the training.
     """
-    found = open_classifier(settings, reference, folder, cpu)
+    if plugins and not rejection:
+        raise UserError("--plugin and --no-rejection exclude each other")
+    settings: Any = request.settings
+    assert request.folder is not None
+    found = open_classifier(settings, request.run, request.folder, request.cpu)
     document = measure(found.outputs, settings)
     if found.is_main:
         write_evaluation(found.folder, f"test@{found.tag}", document, found.weights)
-        if settings.eval.rejection:
+        if rejection:
             document["rejection"] = evaluate_rejection(found, settings, plugins)
         report(found.folder)
     return {"run": str(found.folder), "weights": found.weights, **document}, _table(document)

@@ -53,7 +53,7 @@ def evaluate_rejection(
             section.groups, outputs.class_counts, outputs.class_names, section.tail_threshold
         )
         for name, fitted in saved.items():
-            _check_saved(name, fitted, found, groups)
+            _check_saved(name, fitted, found, groups, section.rates)
         by_prior = {}
         for name, words in PRIORS.items():
             log.info("rejection: class shares %s", words)
@@ -80,18 +80,26 @@ def evaluate_rejection(
     return document
 
 
-def _check_saved(name: str, fitted: Fitted, found: Classifier, groups: Groups) -> None:
+def _check_saved(
+    name: str, fitted: Fitted, found: Classifier, groups: Groups, rates: Sequence[float]
+) -> None:
     if fitted.weights["sha256"] != found.weights["sha256"]:
         raise UserError(
             f"plug-in {name}: fitted to the weights {fitted.weights['sha256'][:12]}, these are"
             f" {found.weights['sha256'][:12]}",
             "moectl balpoe plugin fits one to these",
         )
+    for rate in rates:
+        if rate not in fitted.plugin.rates:
+            raise UserError(
+                f"plug-in {name}: has no rule for the rejection rate {rate:g}",
+                "measure at its rates with --set plugin.rates=…",
+            )
     if fitted.plugin.groups != groups:
         raise UserError(
             f"plug-in {name}: fitted for the groups {', '.join(fitted.plugin.groups.names[:5])},"
             f" measured are {', '.join(groups.names[:5])}",
-            "give the same --groups",
+            "give the same with --set plugin.groups=…",
         )
 
 

@@ -42,7 +42,7 @@ class Fitted:
 
     def posteriors(self, logits: Tensor) -> Tensor:
         """Return the posteriors (N, C), float64, that the rule wants, for logits (N, E, C)."""
-        shares = torch.tensor(self.expert_weights)
+        shares = torch.tensor(self.expert_weights, dtype=torch.float64)
         return posteriors(logits, self.class_counts, self.taus, self.prior, self.posterior, shares)
 
 
@@ -229,19 +229,37 @@ def _from_document(document: _Document) -> Fitted:
     )
 
 
-def find_plugin(folder: Path | None, name: str) -> Path:
+def find_plugin(folder: Path | None, name: str, weights: str = "") -> Path:
     """Return the file of a saved plug-in: a path, a name in the run, or the newest of the run.
+
+    Args:
+        folder: the run.
+        name: the path or name; nothing for the newest.
+        weights: name of the weights file that it must have been fitted to.
 
     Raises:
         UserError: if there is none.
     """
-    if is_file(Path(name)) and name:
-        return Path(name)
+    path = Path(name)
+    if not (name and is_file(path)):
+        path = _in_run(folder, name, weights)
+    if weights and read_plugin(path).weights["file"] != weights:
+        raise UserError(
+            f"{path}: not fitted to {weights}", "moectl balpoe plugin --run REF fits one"
+        )
+    return path
+
+
+def _in_run(folder: Path | None, name: str, weights: str) -> Path:
     files = {path.parent.name: path for path in folder.glob(f"plugins/*/{FILE}")} if folder else {}
     if name in files:
         return files[name]
-    if name or not files:
-        where = f"{folder}: " if folder else ""
-        what = f"no plug-in {name}{nearest(name, list(files))}" if name else "no plug-in yet"
+    where = f"{folder}: " if folder else ""
+    what = f"no plug-in {name}{nearest(name, list(files))}" if name else "no plug-in yet"
+    newest = sorted(files.values(), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    if weights and newest and not name:
+        newest = [path for path in newest if read_plugin(path).weights["file"] == weights]
+        what = f"no plug-in fitted to {weights}"
+    if name or not newest:
         raise UserError(f"{where}{what}", "moectl balpoe plugin --run REF fits one")
-    return max(files.values(), key=lambda path: path.stat().st_mtime_ns)
+    return newest[0]

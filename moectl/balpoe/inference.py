@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from moectl.balpoe.data import Data, load
+from moectl.balpoe.lists import USUAL_NAMES, list_paths
 from moectl.balpoe.logits import Outputs, read_facts, read_outputs, write_outputs
 from moectl.balpoe.model import BalpoeNet
 from moectl.balpoe.settings import BalpoeSettings
 from moectl.engine import artefact
 from moectl.engine.errors import UserError
-from moectl.engine.files import is_file
-from moectl.engine.launch import build_accelerator, gather_rows
+from moectl.engine.files import is_file, sha256
+from moectl.engine.launch import agree, build_accelerator, gather_rows
 from moectl.engine.references import find_weights, split_reference
 from moectl.engine.run import read_record
 from moectl.engine.sources import Source
@@ -30,7 +31,6 @@ log = logging.getLogger(__name__)
 
 LOGITS = "logits.safetensors"
 """In the run of somebody else's classifier, what stands for its weights."""
-_PLACES = ("root", "images", "workers", "download")
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Classifier:
 
 
 def open_classifier(
-    settings: BalpoeSettings, reference: str, folder: Path, cpu: bool
+    settings: BalpoeSettings, reference: str, folder: Path, cpu: bool, given: Path | None = None
 ) -> Classifier:
     """Return the outputs of the weights that a reference names; compute them if they are new.
 
@@ -58,12 +58,13 @@ def open_classifier(
         reference: to the run and its weights.
         folder: the run it names.
         cpu: stay on the CPU.
+        given: a file to take the outputs from instead, if they are of the same weights and images.
 
     Raises:
-        UserError: if the weights do not fit, or the data is not split as in the training.
+        UserError: if weights, data or outputs are not those of the training.
     """
     if is_file(folder / LOGITS):
-        return _of_others(settings, folder, cpu)
+        return _of_others(settings, folder, cpu, given)
     path = find_weights(reference, "balpoe")
     weights = artefact.load(path)
     if not weights.facts:
@@ -72,27 +73,66 @@ def open_classifier(
         )
     _same("taus", settings.taus, weights.facts, path.parent)
     accelerator = build_accelerator(settings.train, cpu, str(read_record(path.parent)["precision"]))
-    cache = path.parent / "logits" / f"{weights.sha256[:16]}.safetensors"
-    key = _key(settings, weights.sha256)
-    outputs = _kept(cache, key)
-    if outputs is None:
-        with accelerator.main_process_first():
-            data = load(settings.data, settings.train.seed)
-        _same_data(data, weights.facts, path.parent)
-        model = rebuild(weights).to(accelerator.device)
-        outputs = outputs_of(model, data, settings, accelerator, weights.sha256)
-        if accelerator.is_main_process:
-            _keep(cache, outputs, key)
     entry = {"file": path.name, "sha256": weights.sha256, "epoch": weights.facts["epoch"]}
     tag = _tag(reference, entry["epoch"])
+    if given:
+        outputs = read_outputs(given, settings.data.val_fraction, settings.train.seed)
+        _same_outputs(given, outputs, path, weights.sha256, weights.facts)
+    else:
+        outputs = _kept_or_computed(weights, settings, accelerator)
     return Classifier(outputs, path.parent, entry, tag, accelerator.is_main_process)
 
 
-def _of_others(settings: BalpoeSettings, folder: Path, cpu: bool) -> Classifier:
+def _of_others(settings: BalpoeSettings, folder: Path, cpu: bool, given: Path | None) -> Classifier:
+    path = folder / LOGITS
     accelerator = build_accelerator(settings.train, cpu)
-    outputs = read_outputs(folder / LOGITS, settings.data.val_fraction, settings.train.seed)
+    outputs = read_outputs(path)
     entry = {"file": LOGITS, "sha256": outputs.weights, "epoch": 0}
+    if given:
+        other = read_outputs(given, settings.data.val_fraction, settings.train.seed)
+        _same_outputs(given, other, path, outputs.weights, vars(outputs))
+        if (other.val_indices, other.test_indices) != (outputs.val_indices, outputs.test_indices):
+            raise UserError(f"{given}: its items are divided otherwise than those of {path}")
+        outputs = other
     return Classifier(outputs, folder, entry, "logits", accelerator.is_main_process)
+
+
+def _same_outputs(
+    given: Path, outputs: Outputs, path: Path, digest: str, facts: Mapping[str, Any]
+) -> None:
+    """Refuse outputs of other weights or another training, and a division that would leak."""
+    own = outputs.weights or sha256(given.read_bytes())
+    if own != digest:
+        raise UserError(
+            f"{given}: the logits are of the weights {outputs.weights[:12] or 'of unknown hash'},"
+            f" {path} is {digest[:12]}",
+            "leave --run out to fit a classifier of its own",
+        )
+    for name in ("class_counts", "taus"):
+        if getattr(outputs, name) != facts[name]:
+            raise UserError(f"{given}: its {name} are not those of {path}")
+    _same_split(given, path.parent, outputs.val_indices, outputs.test_indices)
+
+
+def _kept_or_computed(
+    weights: artefact.Artefact, settings: BalpoeSettings, accelerator: "Accelerator"
+) -> Outputs:
+    folder, key = weights.path.parent, _key(settings, weights.sha256)
+    cache = folder / "logits" / f"{weights.sha256[:16]}.safetensors"
+    if agree(accelerator, lambda: _is_of(cache, key)):
+        outputs = read_outputs(cache)
+        _same("class_counts", outputs.class_counts, weights.facts, folder)
+        _same_split(cache, folder, outputs.val_indices, outputs.test_indices)
+        return outputs
+    with accelerator.main_process_first():
+        data = load(settings.data, settings.train.seed)
+    _same("class_counts", data.class_counts, weights.facts, folder)
+    _same_split(folder / "split.json", folder, data.val_indices, data.test_indices)
+    model = rebuild(weights).to(accelerator.device)
+    outputs = outputs_of(model, data, settings, accelerator, weights.sha256)
+    if accelerator.is_main_process:
+        _keep(cache, outputs, key)
+    return outputs
 
 
 def rebuild(weights: artefact.Artefact) -> nn.Module:
@@ -157,19 +197,30 @@ def predict(
     ).cpu()
 
 
-def _key(settings: BalpoeSettings, sha256: str) -> str:
-    """Name what the outputs depend on: weights, images and their division; not where they lie."""
-    data = settings.data.model_dump(mode="json", exclude=set(_PLACES))
-    return json.dumps({"weights": sha256, "seed": settings.train.seed, **data}, sort_keys=True)
+def _key(settings: BalpoeSettings, digest: str) -> str:
+    """Name what the outputs depend on: weights, images and their division.
+
+    Public data sets are the same wherever they lie; images named in lists are not.
+    """
+    data = settings.data
+    listed = data.dataset in USUAL_NAMES
+    left_out = {"workers", "download", *(() if listed else ("root", "images"))}
+    key: dict[str, Any] = data.model_dump(mode="json", exclude=left_out)
+    if listed:
+        key["lists"] = [
+            sha256(path.read_bytes()) if path and is_file(path) else None
+            for path in list_paths(data)
+        ]
+    return json.dumps({"weights": digest, "seed": settings.train.seed, **key}, sort_keys=True)
 
 
-def _kept(cache: Path, key: str) -> Outputs | None:
-    """Return the outputs of an earlier time, if there are any of the same weights and images."""
+def _is_of(cache: Path, key: str) -> bool:
+    """Whether there are outputs of an earlier time, of the same weights and images."""
     try:
-        return read_outputs(cache, 0.5, 0) if read_facts(cache).get("key") == key else None
+        return read_facts(cache).get("key") == key
     except UserError as error:
         log.warning("%s; computed again", error.message)
-        return None
+        return False
 
 
 def _keep(cache: Path, outputs: Outputs, key: str) -> None:
@@ -197,12 +248,11 @@ def _same(name: str, value: Sequence[float], facts: Mapping[str, Any], folder: P
         )
 
 
-def _same_data(data: Data, facts: Mapping[str, Any], folder: Path) -> None:
-    """Refuse other training images, and a division that would test on validation images."""
-    _same("class_counts", data.class_counts, facts, folder)
+def _same_split(place: Path, folder: Path, val: list[int], test: list[int]) -> None:
+    """Refuse another division than the training's: it would test on validation images."""
     stored = loads_or_none(folder / "split.json")
-    if stored is not None and stored != {"val": data.val_indices, "test": data.test_indices}:
-        raise UserError(f"{folder / 'split.json'}: the data is split otherwise now")
+    if stored is not None and stored != {"val": val, "test": test}:
+        raise UserError(f"{place}: the data is split otherwise now than in {folder}")
 
 
 def _brief(values: Sequence[float]) -> str:

@@ -59,7 +59,7 @@ def load_lists(data: "DataSection") -> Lists:
     images = data.images or data.root
     if not images.is_dir():
         raise UserError(f"{images}: no such folder of images", "set data.images or data.root")
-    train_list, *held_lists = _paths(data)
+    train_list, *held_lists = list_paths(data)
     assert train_list is not None
     train = read_list(train_list, images)
     held = [read_list(path, images) for path in held_lists if path is not None]
@@ -73,8 +73,12 @@ def load_lists(data: "DataSection") -> Lists:
     return Lists(train, val, test, counts, side, mean, std, augment, evaluation_reader(side))
 
 
-def _paths(data: "DataSection") -> list[Path | None]:
-    """Return the training, validation and test list; at most one of the last two is None."""
+def list_paths(data: "DataSection") -> list[Path | None]:
+    """Return the training, validation and test list; at most one of the last two is None.
+
+    Raises:
+        UserError: if a list that is needed is not named.
+    """
     given = (data.train_list, data.val_list, data.test_list)
     usual = USUAL_NAMES[data.dataset]
     paths = [

@@ -4,25 +4,19 @@ Letters: N items, E experts, C classes.
 """
 
 import json
-import zipfile
-import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from moectl.balpoe.arrays import LARGEST, Array, ArrayFile, numbers, open_arrays, whole
 from moectl.balpoe.longtail import split_indices
-from moectl.engine.errors import UserError
 from moectl.engine.files import is_file, write_bytes
 
-Array = NDArray[Any]
-
-_LARGEST = 2**62  # exact as a float, so that comparing with it is too
 _WHOLE = ("logits", "posteriors", "labels")
 _PARTS = [f"{part}_{name}" for part in ("val", "test") for name in (*_WHOLE, "indices")]
 _KEYS = (*_WHOLE, *_PARTS, "class_counts", "taus", "class_names", "weights")
@@ -56,27 +50,13 @@ class Items(NamedTuple):
     weights: str
 
 
-class _File(NamedTuple):
-    path: Path
-    arrays: dict[str, Array]
-    """Those of our keys that are there."""
-    metadata: dict[str, str]
-    keys: Iterable[str]
-
-    def wrong(self, text: str, hint: str = "") -> UserError:
-        return UserError(f"{self.path}: {text}", hint)
-
-    def missing(self, what: str) -> UserError:
-        return self.wrong(f"{what} is missing, the file holds {', '.join(self.keys) or 'nothing'}")
-
-
 class _Part(NamedTuple):
     logits: Tensor
     labels: Tensor
     indices: list[int]
 
 
-def read_outputs(path: Path, val_fraction: float, seed: int) -> Outputs:
+def read_outputs(path: Path, val_fraction: float = 0.2, seed: int = 0) -> Outputs:
     """Read the outputs on held-out items, whoever wrote them.
 
     The file is .npz or .safetensors. It holds `class_counts` and either `logits` and `labels`,
@@ -93,8 +73,8 @@ def read_outputs(path: Path, val_fraction: float, seed: int) -> Outputs:
     Raises:
         UserError: naming the file, the key and the row that is wrong.
     """
-    file = _open(path)
-    counts = _whole(file, "class_counts", 1, _LARGEST).tolist()
+    file = open_arrays(path, _KEYS)
+    counts = whole(file, "class_counts", 1, LARGEST).tolist()
     divided = [key for key in _PARTS if key in file.arrays]
     undivided = [key for key in _WHOLE if key in file.arrays]
     if divided and undivided:
@@ -150,7 +130,7 @@ def read_facts(path: Path) -> dict[str, str]:
     Raises:
         UserError: if the file is damaged.
     """
-    return _open_safetensors(path, ()).metadata if is_file(path) else {}
+    return open_arrays(path, ()).metadata if is_file(path) else {}
 
 
 def read_items(path: Path) -> Items:
@@ -159,66 +139,13 @@ def read_items(path: Path) -> Items:
     Raises:
         UserError: naming the file, the key and the row that is wrong.
     """
-    file = _open(path)
+    file = open_arrays(path, _KEYS)
     logits = _scores(file, "")
     labels = _labels(file, "labels", logits) if "labels" in file.arrays else None
     return Items(logits, labels, _weights(file))
 
 
-def _open(path: Path) -> _File:
-    readers = {".npz": _open_npz, ".safetensors": _open_safetensors}
-    reader = readers.get(path.suffix.lower())
-    if reader is None:
-        raise UserError(f"{path}: expected a .npz or .safetensors file")
-    try:
-        path.open("rb").close()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    return reader(path, _KEYS)
-
-
-def _open_npz(path: Path, wanted: Iterable[str]) -> _File:
-    place = f"{path}"
-    damage = (ValueError, OSError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
-    try:
-        zipfile.ZipFile(path).close()  # numpy reads other formats too, whatever the suffix
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {}
-            for key in wanted:
-                if key in archive.files:
-                    place = f"{path}: {key}"
-                    arrays[key] = np.asarray(archive[key])
-            return _File(path, arrays, {}, archive.files)
-    except damage as error:
-        raise UserError(
-            f"{place}: not readable ({_reason(error)})",
-            "numpy.savez writes such files; arrays of Python objects are not read",
-        ) from None
-
-
-def _open_safetensors(path: Path, wanted: Iterable[str]) -> _File:
-    from safetensors import SafetensorError, safe_open
-
-    damage = (ValueError, OSError, KeyError, TypeError, RuntimeError, SafetensorError)
-    try:
-        with safe_open(path, framework="pt") as file:
-            keys = list(file.keys())
-            arrays = {key: _to_numpy(file.get_tensor(key)) for key in wanted if key in keys}
-            return _File(path, arrays, file.metadata() or {}, keys)
-    except damage as error:
-        raise UserError(f"{path}: not readable ({_reason(error)})") from None
-
-
-def _to_numpy(tensor: Tensor) -> Array:
-    narrow = tensor.is_floating_point() and tensor.itemsize < 4
-    return (tensor.float() if narrow else tensor).numpy()  # numpy knows no bfloat16
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip().partition("\n")[0] or type(error).__name__)[:160]
-
-
-def _given(file: _File, classes: int) -> tuple[_Part, _Part]:
+def _given(file: ArrayFile, classes: int) -> tuple[_Part, _Part]:
     """Read the two parts of a divided file and make sure that they share no item."""
     val, test = _part(file, "val_", classes), _part(file, "test_", classes)
     experts = (val.logits.shape[1], test.logits.shape[1])
@@ -230,7 +157,7 @@ def _given(file: _File, classes: int) -> tuple[_Part, _Part]:
     else:
         first = len(val.labels)
         test = test._replace(indices=[first + position for position in test.indices])
-        shared = first if torch.equal(val.logits, test.logits) else 0
+        shared = _shared_rows(val, test)
     if shared:
         raise file.wrong(
             f"{shared} items are both validation and test",
@@ -239,12 +166,14 @@ def _given(file: _File, classes: int) -> tuple[_Part, _Part]:
     return val, test
 
 
-def _identified(file: _File, prefix: str, part: _Part) -> _Part:
-    indices = _whole(file, f"{prefix}indices", -_LARGEST, _LARGEST, len(part.labels))
+def _identified(file: ArrayFile, prefix: str, part: _Part) -> _Part:
+    indices = whole(file, f"{prefix}indices", -LARGEST, LARGEST, len(part.labels))
+    if len(np.unique(indices)) < len(indices):
+        raise file.wrong(f"{prefix}indices names an item twice")
     return part._replace(indices=indices.tolist())
 
 
-def _divide(file: _File, classes: int, val_fraction: float, seed: int) -> tuple[_Part, _Part]:
+def _divide(file: ArrayFile, classes: int, val_fraction: float, seed: int) -> tuple[_Part, _Part]:
     logits, labels, _ = _part(file, "", classes)
     val, test = split_indices(labels.numpy(), val_fraction, seed)
     if not len(val):
@@ -258,7 +187,20 @@ def _divide(file: _File, classes: int, val_fraction: float, seed: int) -> tuple[
     )
 
 
-def _part(file: _File, prefix: str, classes: int) -> _Part:
+def _shared_rows(val: _Part, test: _Part) -> int:
+    """Count the validation items that recur in the test part, if that cannot be chance."""
+    own, others = (
+        [row.tobytes() for row in np.column_stack([part.logits.flatten(1), part.labels])]
+        for part in (val, test)
+    )
+    in_test = set(others)
+    recurring = sum(row in in_test for row in own)
+    # A hard classifier repeats a few rows, whose recurrence says nothing about the items.
+    distinct, half = len(set(own)), len(own) / 2
+    return recurring if distinct > half and recurring > half else 0
+
+
+def _part(file: ArrayFile, prefix: str, classes: int) -> _Part:
     logits = _scores(file, prefix)
     if logits.shape[2] != classes:
         raise file.wrong(
@@ -269,7 +211,7 @@ def _part(file: _File, prefix: str, classes: int) -> _Part:
     return _Part(logits, labels, list(range(len(labels))))
 
 
-def _scores(file: _File, prefix: str) -> Tensor:
+def _scores(file: ArrayFile, prefix: str) -> Tensor:
     """Read logits, or posteriors as their logs, (N, E, C) float32."""
     names = (f"{prefix}logits", f"{prefix}posteriors")
     found = [name for name in names if name in file.arrays]
@@ -278,7 +220,7 @@ def _scores(file: _File, prefix: str) -> Tensor:
     if len(found) == 2:
         raise file.wrong(f"holds both {names[0]} and {names[1]}, expected one of them")
     key = found[0]
-    array = _numbers(file, key)
+    array = numbers(file, key)
     if array.ndim not in (2, 3) or 0 in array.shape:
         raise file.wrong(
             f"{key} has shape {array.shape}, expected at least one each of (items, classes)"
@@ -289,7 +231,7 @@ def _scores(file: _File, prefix: str) -> Tensor:
     return _finite(file, key, array) if key == names[0] else _log_posteriors(file, key, array)
 
 
-def _finite(file: _File, key: str, array: Array) -> Tensor:
+def _finite(file: ArrayFile, key: str, array: Array) -> Tensor:
     with np.errstate(over="ignore"):
         logits = np.ascontiguousarray(array, dtype=np.float32)
     fine = np.isfinite(logits).all((1, 2))
@@ -298,7 +240,7 @@ def _finite(file: _File, key: str, array: Array) -> Tensor:
     return torch.from_numpy(logits)
 
 
-def _log_posteriors(file: _File, key: str, array: Array) -> Tensor:
+def _log_posteriors(file: ArrayFile, key: str, array: Array) -> Tensor:
     with np.errstate(invalid="ignore"):
         sums = array.sum(2, dtype=np.float64)
     wrong = ~((array >= 0).all(2) & (np.abs(sums - 1) <= 1e-3))  # NaN is wrong too
@@ -315,42 +257,12 @@ def _log_posteriors(file: _File, key: str, array: Array) -> Tensor:
     return torch.from_numpy(np.log(np.maximum(array.astype(np.float32), floor)))
 
 
-def _labels(file: _File, key: str, logits: Tensor) -> Tensor:
+def _labels(file: ArrayFile, key: str, logits: Tensor) -> Tensor:
     items, _, classes = logits.shape
-    return torch.from_numpy(_whole(file, key, 0, classes - 1, items))
+    return torch.from_numpy(whole(file, key, 0, classes - 1, items))
 
 
-def _numbers(file: _File, key: str) -> Array:
-    if key not in file.arrays:
-        raise file.missing(key)
-    array = file.arrays[key]
-    if array.dtype.kind not in "iuf":
-        raise file.wrong(f"{key} is of type {array.dtype}, expected numbers")
-    return array
-
-
-def _whole(
-    file: _File, key: str, low: int, high: int, length: int | None = None
-) -> NDArray[np.int64]:
-    """Read a list of whole numbers, of whatever type, within bounds."""
-    array = _numbers(file, key)
-    if array.ndim != 1:
-        raise file.wrong(f"{key} has shape {array.shape}, expected one list")
-    if length not in (None, len(array)):
-        raise file.wrong(f"{key} has {len(array)} entries for {length} items")
-    if array.dtype.kind == "f":
-        array = array.astype(np.float64)  # narrower ones could not hold the bounds
-    fine = (array >= low) & (array <= high) & (array == np.trunc(array))
-    if not fine.all():
-        row = int(np.argmin(fine))
-        expected = f"a whole number from {low} {f'to {high}' if high < _LARGEST else 'up'}"
-        raise file.wrong(
-            f"{key} out of range: row {row} is {array[row].item()}, expected {expected}"
-        )
-    return array.astype(np.int64)
-
-
-def _taus(file: _File, experts: int) -> list[float]:
+def _taus(file: ArrayFile, experts: int) -> list[float]:
     if "taus" not in file.arrays:
         if experts == 1:
             return [0.0]
@@ -358,7 +270,7 @@ def _taus(file: _File, experts: int) -> list[float]:
             f"taus is missing, which {experts} experts need",
             "give the prior strength of each expert, 0 after training with plain cross-entropy",
         )
-    taus = _numbers(file, "taus").astype(np.float64)
+    taus = numbers(file, "taus").astype(np.float64)
     if taus.shape != (experts,) or not np.isfinite(taus).all():
         raise file.wrong(
             f"taus is {str(taus.tolist())[:80]}, expected one finite number for each of the"
@@ -367,7 +279,7 @@ def _taus(file: _File, experts: int) -> list[float]:
     return list(taus.tolist())
 
 
-def _class_names(file: _File, classes: int) -> list[str]:
+def _class_names(file: ArrayFile, classes: int) -> list[str]:
     names: Any = [str(number) for number in range(classes)]
     if "class_names" in file.metadata:
         try:
@@ -383,7 +295,7 @@ def _class_names(file: _File, classes: int) -> list[str]:
     return names
 
 
-def _weights(file: _File) -> str:
+def _weights(file: ArrayFile) -> str:
     array = file.arrays.get("weights", np.array(""))
     text = file.metadata.get("weights", array.item() if array.size == 1 else None)
     if not isinstance(text, str):

@@ -93,6 +93,23 @@ def split_indices(labels: ArrayLike, fraction: float, seed: int) -> tuple[Indice
     return np.flatnonzero(in_first), np.flatnonzero(~in_first)
 
 
+def halve(labels: ArrayLike, seed: int) -> tuple[Indices, Indices]:
+    """Divide a set into halves that share every class evenly, and single items between them.
+
+    Args:
+        labels: (N,) classes.
+        seed: which items.
+
+    Returns:
+        Two sorted arrays of positions that together hold each position once; their sizes, and
+        those of their shares of any class, differ by one at most.
+    """
+    labels = np.asarray(labels)
+    order = _draws(seed).permutation(len(labels))
+    order = order[np.argsort(labels[order], kind="stable")]
+    return np.sort(order[::2]), np.sort(order[1::2])
+
+
 def shifted_indices(
     labels: ArrayLike,
     profile: Literal["forward", "backward", "uniform"],

@@ -17,7 +17,7 @@ from moectl.balpoe.fitted import FILE, Fitted, posteriors, to_document
 from moectl.balpoe.groups import Groups, class_groups, read_json
 from moectl.balpoe.inference import LOGITS, Classifier, open_classifier
 from moectl.balpoe.logits import Outputs, read_outputs, write_outputs
-from moectl.balpoe.longtail import split_indices
+from moectl.balpoe.longtail import halve
 from moectl.balpoe.priors import label_prior
 from moectl.balpoe.rejection import Method, fit_plugin
 from moectl.balpoe.settings import BalpoeSettings, PluginSection
@@ -136,32 +136,36 @@ def search_weights(
     """Choose the weights of the experts, (E,), on a simplex in steps of a fifth.
 
     Each candidate is fitted on one half of the validation items and measured on the other, both
-    ways round, so that the choice is not the one that fits its own data best.
+    ways round, so that the choice is not the one that fits its own data best. For the worst-group
+    objective the fits are for the balanced error, and the measure is the worst group's.
     """
     candidates = _simplex(len(outputs.taus))
-    method = method_of(section.model_copy(update={"objective": "balanced"}), seed)
-    labels, counts = outputs.val_labels, outputs.class_counts
-    halves = [torch.from_numpy(half) for half in split_indices(labels.numpy(), 0.5, seed)]
-    weights, of_class = prior_weights(labels, prior), torch.tensor(groups.of_class)
+    halves = [torch.from_numpy(half) for half in halve(outputs.val_labels, seed)]
+    weights = prior_weights(outputs.val_labels, prior)
+    of_class = torch.tensor(groups.of_class)
+    method = replace(method_of(section, seed), objective=section.group_shares or "balanced")
     losses = []
     for shares in candidates:
         judged = posteriors(
-            outputs.val_logits, counts, outputs.taus, prior, section.posterior, shares
+            outputs.val_logits, outputs.class_counts, outputs.taus, prior, section.posterior, shares
         )
         loss = 0.0
         for own, other in (halves, halves[::-1]):
             plugin = fit_plugin(
-                judged[own], labels[own], groups, rates=section.rates, costs=section.costs,
-                weights=weights[own], method=method, must_accept=False,
+                judged[own], outputs.val_labels[own], groups, rates=section.rates,
+                costs=section.costs, weights=weights[own], method=method, must_accept=False,
             )  # fmt: skip
+            labels = outputs.val_labels[other]
             scores, classes = plugin.judge(judged[other])
+            rejected = scores < plugin.thresholds[:, None]
             found = curve(
-                scores < plugin.thresholds[:, None], classes != labels[other],
-                of_class[labels[other]], weights[other], len(groups.names),
-            )  # fmt: skip
-            errors = found.worst_error if section.objective == "worst" else found.balanced_error
+                rejected, classes != labels, of_class[labels], weights[other], len(groups.names)
+            )
+            errors = found.group_errors.nan_to_num(1.0)
+            worst = section.objective == "worst"
+            risk = errors.amax(1) if worst else (plugin.beta * errors).sum(1)
             costs = torch.tensor([cost or 0.0 for cost in plugin.costs], dtype=torch.float64)
-            loss += float((errors + costs * found.rejection).mean())
+            loss += float((risk + costs * found.rejection).mean())
         losses.append(loss)
     return candidates[losses.index(min(losses))]
 
@@ -197,9 +201,7 @@ def run_plugin(request: Request, logits: Path | None) -> tuple[dict[str, Any], s
     assert request.folder is not None
     if request.out:
         raise UserError("--out is for --logits alone", "a plug-in of a run is kept in the run")
-    found = open_classifier(settings, request.run, request.folder, request.cpu)
-    if logits:
-        found = _with_outputs(found, logits, settings)
+    found = open_classifier(settings, request.run, request.folder, request.cpu, logits)
     fitted = fit(found.outputs, settings.plugin, settings.train.seed)
     return _keep(fitted, found, request.name)
 
@@ -216,23 +218,10 @@ def _described(settings: BalpoeSettings, outputs: Outputs) -> BalpoeSettings:
         raise UserError(f"model.experts: {len(outputs.taus)} experts are too many") from error
 
 
-def _with_outputs(found: Classifier, path: Path, settings: BalpoeSettings) -> Classifier:
-    """Take the outputs from a file instead, if they are of the same weights."""
-    outputs = read_outputs(path, settings.data.val_fraction, settings.train.seed)
-    digest = outputs.weights or sha256(path.read_bytes())
-    if digest != found.weights["sha256"]:
-        raise UserError(
-            f"{path}: the logits are of the weights {outputs.weights[:12] or 'of unknown hash'},"
-            f" {found.folder / found.weights['file']} is {found.weights['sha256'][:12]}",
-            "leave --run out to fit a classifier of its own",
-        )
-    return Classifier(outputs, found.folder, found.weights, found.tag, found.is_main)
-
-
 def _adopt(run: Run[BalpoeSettings], path: Path, outputs: Outputs) -> Classifier:
     """Make the new run one of somebody else's classifier: its outputs stand for the weights."""
     digest = sha256(path.read_bytes())
-    own = Outputs(**{**vars(outputs), "weights": outputs.weights or digest})
+    own = replace(outputs, weights=outputs.weights or digest)
     if run.is_main:
         write_outputs(run.folder / LOGITS, own)
     run.note(parents=[{"path": str(path), "sha256": digest}])
@@ -242,15 +231,18 @@ def _adopt(run: Run[BalpoeSettings], path: Path, outputs: Outputs) -> Classifier
 
 def _keep(fitted: Fitted, found: Classifier, name: str) -> tuple[dict[str, Any], str]:
     """Write the plug-in under a name that no other fit of the run has."""
-    document = to_document(Fitted(**{**vars(fitted), "weights": found.weights}))
+    document = to_document(replace(fitted, weights=found.weights))
     for number in itertools.count(1):
         folder = found.folder / "plugins" / (name if number == 1 else f"{name}-{number}")
         path = folder / FILE
         if not path.exists() or _same_fit(path, document):
             break
     if found.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(path, document)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(path, document)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written ({error.strerror})") from None
     for point in document["points"]:
         log.info("%s", _line(point))
     return {"file": str(path), **document}, str(path)

@@ -23,6 +23,7 @@ from moectl.engine.command import Request
 from moectl.engine.errors import UserError
 from moectl.engine.files import is_file
 from moectl.engine.launch import build_accelerator
+from moectl.engine.references import find_weights, split_reference
 from moectl.engine.run import read_record
 from moectl.engine.settings import from_toml
 
@@ -61,7 +62,8 @@ def run_reject(request: Request, choice: Choice) -> list[dict[str, Any]]:
     """
     if choice.rate is not None and choice.cost is not None:
         raise UserError("--target-rate and --cost exclude each other")
-    path = find_plugin(request.folder, choice.plugin)
+    wanted = find_weights(request.run, "balpoe").name if split_reference(request.run)[1] else ""
+    path = find_plugin(request.folder, choice.plugin, wanted)
     fitted = read_plugin(path)
     items = _items(request, choice, path, fitted)
     if items.logits.shape[1:] != (len(fitted.taus), len(fitted.class_counts)):
@@ -111,7 +113,7 @@ def _items(request: Request, choice: Choice, path: Path, fitted: Fitted) -> _Ite
     folder = _run_of(path)
     if choice.images:
         return _of_images(choice.images, folder, fitted, request)
-    outputs = read_outputs(_stored(path, fitted), 0.5, 0)
+    outputs = read_outputs(_stored(path, fitted))
     return _Items([str(index) for index in outputs.test_indices], outputs.test_logits)
 
 
@@ -168,7 +170,7 @@ def _of_images(images: Path, folder: Path, fitted: Fitted, request: Request) -> 
 
 def _refitted(path: Path, fitted: Fitted, kind: str, logits: Tensor) -> Fitted:
     """Fit again, to the validation items weighted to the label prior of the new items."""
-    outputs = read_outputs(_stored(path, fitted), 0.5, 0)
+    outputs = read_outputs(_stored(path, fitted))
     if kind == "em":
         prior = _estimate(fitted, outputs, logits)
         most = prior.argsort(descending=True)[:5].tolist()

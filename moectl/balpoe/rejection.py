@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moectl.balpoe.curves import threshold_at
 from moectl.balpoe.groups import Groups
-from moectl.balpoe.longtail import split_indices
+from moectl.balpoe.longtail import halve
 from moectl.balpoe.rule import Plugin, Reduced, doubles, judge, reduce
 
 _STARTS = (1.0, 0.5, 0.25)
@@ -39,7 +39,7 @@ class Method:
     """Of the worst-group objective: how often the group weights are updated."""
     step_size: float = 1.0
     """Of the worst-group objective: exponent of the update per unit of error."""
-    keep: Literal["last", "best"] = "last"
+    keep: Literal["best", "last"] = "best"
     """Of the worst-group objective: the round whose rule is returned."""
     seed: int = 0
     """Of the worst-group objective: which items fit the rule, and which the group weights."""
@@ -272,6 +272,8 @@ def _grid(
     first group's stationarity condition.
     """
     groups = beta.shape[1]
+    if not method.lambdas:
+        raise ValueError("a grid needs candidates for the multipliers")
     combinations = len(method.lambdas) ** (groups - 1)
     if combinations > 1000:
         raise ValueError(f"a grid over {groups} groups has {combinations} points; take fixed-point")
@@ -330,7 +332,7 @@ def _worst_group(
 
     One half of every class fits the rules, the other measures their errors.
     """
-    halves = split_indices(sample.labels, 0.5, method.seed)
+    halves = halve(sample.labels, method.seed)
     fitting, held = (sample.rows(torch.from_numpy(half)) for half in halves)
     for half in (fitting, held):
         _check_groups(half.weights @ half.member, groups, "in one half of the items")

@@ -21,14 +21,14 @@ METHODS = {
     "chow_single": "Chow's rule on the most balanced expert alone",
     "plugin_single": "the plug-in rule for the balanced error on the most balanced expert",
     "plugin_balpoe_avg": "the plug-in rule on the ensemble of equal weights",
-    "moe_plugin": "the plug-in rule on the ensemble of fitted weights",
+    "moe_plugin": "the plug-in rule on the ensemble with weights searched for the balanced error",
     "plugin_single_worst": "the plug-in rule for the worst group on the most balanced expert",
     "plugin_balpoe_avg_worst": "that rule on the ensemble of equal weights",
     "moe_plugin_worst": "that rule on the ensemble of fitted weights",
 }
 PRIORS = {
     "train": ("label prior of the training set", "re-weighted to the class shares in training"),
-    "uniform": ("uniform label prior", "as they are, which is balanced"),
+    "uniform": ("uniform label prior", "weighted so that all classes are equally frequent"),
 }
 _KINDS = ("balanced", "worst")
 _RATES = (0.0, 0.4, 0.8)
@@ -177,10 +177,15 @@ def _same_areas(document: Document, methods: Document) -> list[str]:
     columns = [f"{kind}, {what}" for what in ("raw", "trials", "transfer") for kind in _KINDS]
     return [
         f"The same areas. Raw: not divided by the span of the rates, {' or '.join(spans)}."
-        f" Trials: {repeated}. Transfer: with the thresholds of the {document['val_images']}"
-        " validation images.",
+        f" Trials: {repeated}{_known(document) if trials > 1 else ''}. Transfer: with the"
+        f" thresholds of the {document['val_images']} validation images, over the rates aimed at.",
         table(("method", *columns), rows),
     ]
+
+
+def _known(document: Document) -> str:
+    chosen = document.get("tag") == "best"
+    return ", some of which had a say in the choice of the epoch" if chosen else ""
 
 
 def _errors(document: Document, methods: Document) -> list[str]:

@@ -72,10 +72,11 @@ class Plugin:
         for number, fitted in enumerate(wanted):
             if fitted is not None and value is not None and abs(fitted - value) < 1e-9:
                 return number
-        asked = f"{kind} {value:g}" if value is not None else "an operating point"
         known = [f"rate {rate:g}" for rate in self.rates if rate is not None]
         known += [f"cost {cost:g}" for cost in self.costs if cost is not None]
-        raise ValueError(f"{asked} is not among the fitted ones: {', '.join(known)}")
+        asked = "say which operating point" if value is None else f"{kind} {value:g}"
+        what = "" if value is None else " is not among the fitted ones"
+        raise ValueError(f"{asked}{what}: {', '.join(known)}")
 
     def predict(
         self, posteriors: Any, *, rate: float | None = None, cost: float | None = None

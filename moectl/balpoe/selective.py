@@ -7,9 +7,9 @@ Sources: Chow 1970; Narasimhan et al. 2024.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -116,8 +116,8 @@ def methods(task: Task) -> dict[str, Rejector]:
 
     Chow's rule takes the ensemble as it was trained, for the uniform prior (`chow`), moved to the
     training prior (`chow_ce`), and its most balanced expert alone (`chow_single`). Plug-ins take
-    that expert, the ensemble, or the ensemble with searched weights; each for the mean of the
-    group errors and for the largest.
+    that expert, the ensemble, or the ensemble with weights searched for the balanced error;
+    each for the mean of the group errors and for the largest.
     """
     outputs, section = task.outputs, task.settings.plugin
     counts, taus = outputs.class_counts, outputs.taus
@@ -137,11 +137,13 @@ def methods(task: Task) -> dict[str, Rejector]:
     fitted = {"plugin_single": both(task.prior, single)}
     if len(taus) > 1:
         found["chow_single"] = _chow(task, both(uniform, single))
-        poe = section.model_copy(update={"posterior": "poe"})
+        poe = section.model_copy(update={"posterior": "poe", "objective": "balanced"})
         shares = search_weights(outputs, poe, task.groups, task.prior, task.seed)
         fitted["plugin_balpoe_avg"] = both(task.prior)
         fitted["moe_plugin"] = both(task.prior, "poe", shares)
-    for objective, ending in (("balanced", ""), ("worst", "_worst")):
+    variants: tuple[tuple[Literal["balanced", "worst"], str], ...]
+    variants = (("balanced", ""), ("worst", "_worst"))
+    for objective, ending in variants:
         for name, pair in fitted.items():
             found[name + ending] = _plugin(task, pair, objective)
     return found
@@ -166,7 +168,7 @@ def _chow(task: Task, pair: _Pair) -> Rejector:
     return Rejector(top.expand(points, -1), wrong.expand(points, -1), torch.cat([by_rate, by_cost]))
 
 
-def _plugin(task: Task, pair: _Pair, objective: str) -> Rejector:
+def _plugin(task: Task, pair: _Pair, objective: Literal["balanced", "worst"]) -> Rejector:
     section, labels = task.settings.plugin, task.outputs.val_labels
     plugin = fit_plugin(
         pair.val,
@@ -175,7 +177,7 @@ def _plugin(task: Task, pair: _Pair, objective: str) -> Rejector:
         rates=section.rates,
         costs=section.costs,
         weights=prior_weights(labels, task.prior),
-        method=replace(method_of(section, task.seed), objective=objective),  # type: ignore[arg-type]
+        method=replace(method_of(section, task.seed), objective=objective),
         must_accept=False,
     )
     scores, classes = plugin.judge(pair.test)
@@ -221,7 +223,9 @@ def _curve(task: Task, method: Rejector, rejected: Tensor) -> curves.Curve:
     return curves.curve(rejected, wrong, task.group, task.weights, len(task.groups.names))
 
 
-def _areas(task: Task, method: Rejector, measure: Any) -> dict[str, curves.Area]:
+def _areas(
+    task: Task, method: Rejector, measure: Callable[[Task, Rejector], curves.Curve]
+) -> dict[str, curves.Area]:
     found = measure(task, method)
     return {
         "balanced": curves.area(task.rates, found.balanced_error),

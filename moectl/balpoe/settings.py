@@ -177,7 +177,7 @@ class PluginSection(Section):
     """Costs of a rejection in units of an error, each with a rule of its own."""
     mu_method: Annotated[Literal["fixed-point", "grid"], Flag("--mu-method")] = "fixed-point"
     """Where the multipliers come from: their own equation, or a search over `lambdas`."""
-    lambdas: Numbers = (0.0, 1.0, -1.0, 6.0, -6.0, 11.0, -11.0)
+    lambdas: Annotated[Numbers, Field(min_length=1)] = (0.0, 1.0, -1.0, 6.0, -6.0, 11.0, -11.0)
     """Candidates of the grid: multiplier of a further group, as the tail, less the first's."""
     iterations: Annotated[int, Field(ge=1)] = 30
     """Steps towards consistent acceptance shares."""
@@ -235,8 +235,6 @@ class EvalSection(Section):
     """Bins of the calibration errors."""
     shifts: tuple[Annotated[float, Field(ge=1)], ...] = (50.0, 25.0, 10.0, 5.0, 2.0)
     """Imbalance ratios of the shifted test sets, forward and backward; empty for none."""
-    rejection: Annotated[bool, Flag("--rejection")] = True
-    """Also measure how errors fall when classifiers may reject."""
     bootstrap: Annotated[int, Field(ge=0)] = 1000
     """Resamples of the test images behind the intervals of areas; 0 gives none."""
     trials: Annotated[int, Field(ge=1)] = 5

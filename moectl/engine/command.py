@@ -35,7 +35,6 @@ RESUMABLE = (
     "data.download",
     "eval.bins",
     "eval.shifts",
-    "eval.rejection",
     "eval.bootstrap",
     "eval.trials",
 )

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from moectl.engine.errors import UserError
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from moectl.engine.sections import TrainSection
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _TWO_PROCESSES = "start CPU processes with: torchrun --standalone --nproc_per_node 2 -m moectl …"
 
@@ -114,8 +116,8 @@ def _refuse_silent_single() -> None:
         )
 
 
-def agree(accelerator: "Accelerator", decide: Callable[[], Path]) -> Path:
-    """Let rank 0 decide on a path and tell the others, its refusal included."""
+def agree(accelerator: "Accelerator", decide: Callable[[], T]) -> T:
+    """Let rank 0 decide and tell the others, its refusal included."""
     verdict: list[Any] = [None]
     if accelerator.is_main_process:
         try:
@@ -128,7 +130,7 @@ def agree(accelerator: "Accelerator", decide: Callable[[], Path]) -> Path:
         broadcast_object_list(verdict)
     if isinstance(verdict[0], UserError):
         raise verdict[0]
-    return Path(verdict[0])
+    return cast("T", verdict[0])
 
 
 def any_process(accelerator: "Accelerator", *flags: bool) -> list[bool]:

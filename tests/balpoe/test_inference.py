@@ -14,7 +14,7 @@ from moectl.balpoe.data import load
 from moectl.balpoe.inference import (
     LOGITS,
     Classifier,
-    _same_data,
+    _same_split,
     _tag,
     open_classifier,
     outputs_of,
@@ -22,7 +22,7 @@ from moectl.balpoe.inference import (
 )
 from moectl.balpoe.logits import read_facts, read_outputs, write_outputs
 from moectl.balpoe.settings import BalpoeSettings
-from moectl.balpoe.train import build, facts_of
+from moectl.balpoe.train import build
 from moectl.cli import _run
 from moectl.engine.errors import UserError
 from moectl.engine.launch import build_accelerator
@@ -274,18 +274,12 @@ def test_results_of_a_weights_file_are_named_after_its_epoch(tmp_path: Path) -> 
     assert _tag(str(file), 50) == "epoch50"
 
 
-def test_only_the_data_of_the_training_pass(tmp_path: Path) -> None:
-    data = load(settings_of().data, 1)
-    facts = facts_of(settings_of(), data)
-    _same_data(data, facts, tmp_path)
-    split = {"val": data.val_indices, "test": data.test_indices}
-    (tmp_path / "split.json").write_text(json.dumps(split))
-    _same_data(data, facts, tmp_path)
-    with pytest.raises(UserError, match=r"class_counts 9, 9, 9, 9, 9 …, .* now give 100, 71, "):
-        _same_data(data, {**facts, "class_counts": [9] * 10}, tmp_path)
-    (tmp_path / "split.json").write_text(json.dumps({**split, "val": split["test"]}))
-    with pytest.raises(UserError, match=r"split\.json"):
-        _same_data(data, facts, tmp_path)
+def test_another_division_is_refused(tmp_path: Path) -> None:
+    _same_split(Path("x"), tmp_path, [1], [2])  # nothing is known of it
+    (tmp_path / "split.json").write_text(json.dumps({"val": [1], "test": [2]}))
+    _same_split(Path("x"), tmp_path, [1], [2])
+    with pytest.raises(UserError, match="x: the data is split otherwise now"):
+        _same_split(Path("x"), tmp_path, [2], [1])
 
 
 def test_damaged_outputs_are_computed_again(run: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -345,3 +345,20 @@ def test_a_damaged_archive_is_refused_or_read_as_it_was(tmp_path, save):
         path.write_bytes(data[:place] + bytes([data[place] ^ 0x55]) + data[place + 1 :])
         with contextlib.suppress(UserError):
             assert_equal(read_outputs(path, 0.2, 0), whole)
+
+
+def test_validation_within_the_test_part_is_noticed_without_indices(tmp_path):
+    """As when a fifth of the test set was set aside and then tested on all the same."""
+    leaking = {"val_logits": LOGITS[::5], "test_logits": LOGITS, "class_counts": COUNTS}
+    leaking |= {"val_labels": LABELS[::5], "test_labels": LABELS, "taus": TAUS}
+    assert "6 items are both validation and test" in refused(saved(tmp_path, leaking))
+    for name in ("val_logits", "test_logits"):  # those of a hard classifier recur by nature
+        leaking[name] = np.where(leaking[name] == leaking[name].max(-1, keepdims=True), 9, 0)
+    hard = {**leaking, "val_logits": np.tile(leaking["val_logits"], (4, 1, 1))}
+    hard["val_labels"] = np.tile(leaking["val_labels"], 4)
+    assert len(read_outputs(saved(tmp_path, hard)).test_labels) == len(LABELS)
+
+
+def test_an_item_named_twice_is_refused(tmp_path):
+    arrays = {**DIVIDED, "val_indices": np.zeros(12, int), "test_indices": np.arange(1, 19)}
+    assert "val_indices names an item twice" in refused(saved(tmp_path, arrays))

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from moectl.balpoe.longtail import class_sizes, select, shifted_indices, split_indices
+from moectl.balpoe.longtail import class_sizes, halve, select, shifted_indices, split_indices
 
 FAKE_LABELS = np.arange(50000) % 100
 
@@ -143,3 +143,16 @@ def test_shift_of_a_smaller_test_keeps_the_form_of_the_distribution():
     labels = np.arange(8000) % 100
     counts = np.bincount(labels[shifted_indices(labels, "forward", 10)])
     assert counts.tolist() == class_sizes(80, 100, 0.1, "exp")
+
+
+def test_halves_share_every_class_and_single_items_alike() -> None:
+    labels = np.array([0] * 7 + [1] * 4 + [2, 3, 4, 5, 6])
+    first, second = halve(labels, 3)
+    assert sorted([*first, *second]) == list(range(len(labels)))
+    shares = [np.bincount(labels[half], minlength=7) for half in (first, second)]
+    assert np.abs(shares[0] - shares[1]).max() == 1
+    assert abs(len(first) - len(second)) <= 1
+    assert min(share[2:].sum() for share in shares) >= 2
+    again, other = halve(labels, 3), halve(labels, 4)
+    assert np.array_equal(first, again[0])
+    assert not np.array_equal(first, other[0])

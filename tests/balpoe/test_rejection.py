@@ -377,3 +377,10 @@ def test_halves_without_a_group_are_an_error() -> None:
     labels[0] = 3  # the only item of its group
     with pytest.raises(ValueError, match="group 1 has no item in one half"):
         fit_plugin(posteriors, labels, GROUPS, rates=[0.1], method=Method(objective="worst"))
+
+
+def test_classes_with_one_item_each_can_be_halved() -> None:
+    posteriors, _ = draw(6)
+    method = Method(objective="worst", rounds=2)
+    plugin = fit_plugin(posteriors, torch.arange(6), GROUPS, rates=[0.0], method=method)
+    assert plugin.errors.shape == (1, 2)

@@ -157,5 +157,5 @@ def test_a_point_is_named_by_rate_or_cost() -> None:
     assert (rule.point(rate=0), rule.point(rate=0.1 * 3), rule.point(cost=0.3)) == (0, 1, 2)
     with pytest.raises(ValueError, match=r"cost 0.1 is not .* rate 0, rate 0.3, cost 0.3"):
         rule.point(cost=0.1)
-    with pytest.raises(ValueError, match="an operating point is not"):
+    with pytest.raises(ValueError, match="say which operating point: rate 0"):
         rule.point()

@@ -238,7 +238,6 @@ def test_what_cannot_be_judged_is_named(
 @pytest.mark.parametrize(
     ("words", "asked"),
     [
-        ("", "an operating point"),
         ("--target-rate 0.2", "rate 0.2"),
         ("--cost 0.1", "cost 0.1"),
         ("--cost nan", "cost nan"),
@@ -249,6 +248,11 @@ def test_a_point_that_was_not_fitted_is_refused(
 ) -> None:
     message = refused(moectl("reject", "--run", "theirs", *words.split()))
     assert f"{asked} is not among the fitted ones: rate 0.1, rate 0.3, cost 0.2" in message
+
+
+def test_an_operating_point_must_be_named(moectl: Call, theirs: Path) -> None:
+    message = refused(moectl("reject", "--run", "theirs"))
+    assert "say which operating point: rate 0.1, rate 0.3, cost 0.2" in message
 
 
 def test_a_rate_and_a_cost_exclude_each_other(moectl: Call, theirs: Path) -> None:
