@@ -15,10 +15,10 @@ from moectl.balpoe.lists import USUAL_NAMES, list_paths
 from moectl.balpoe.logits import Outputs, read_facts, read_outputs, write_outputs
 from moectl.balpoe.model import BalpoeNet
 from moectl.balpoe.settings import BalpoeSettings
-from moectl.engine import artefact
+from moectl.engine import artefact, inference
 from moectl.engine.errors import UserError
 from moectl.engine.files import is_file, sha256
-from moectl.engine.launch import agree, build_accelerator, gather_rows
+from moectl.engine.launch import agree, build_accelerator
 from moectl.engine.references import find_weights, split_reference
 from moectl.engine.run import read_record
 from moectl.engine.sources import Source
@@ -167,7 +167,6 @@ def outputs_of(
     )
 
 
-@torch.no_grad()
 def predict(
     model: nn.Module, source: Source, accelerator: "Accelerator", batch_size: int, batches: int = 0
 ) -> tuple[Tensor, Tensor]:
@@ -180,21 +179,12 @@ def predict(
         batch_size: images per forward pass.
         batches: stop after so many; 0 takes all.
     """
-    rank, world = accelerator.process_index, accelerator.num_processes
-    kept = []
-    ordered = source.ordered(batch_size, accelerator.device, rank, world)
-    for number, (images, labels) in enumerate(ordered, 1):
-        with accelerator.autocast():
-            logits = model(images.to(memory_format=torch.channels_last))
-        kept.append((logits.float(), labels))
-        if number == batches:
-            break
-    logits = torch.cat([part for part, _ in kept])
-    labels = torch.cat([part for _, part in kept])
-    total = len(source)
-    return gather_rows(accelerator, logits, total).cpu(), gather_rows(
-        accelerator, labels, total
-    ).cpu()
+
+    def forward(images: Tensor) -> Tensor:
+        logits: Tensor = model(images.to(memory_format=torch.channels_last))
+        return logits
+
+    return inference.predict(forward, source, accelerator, batch_size, batches)
 
 
 def _key(settings: BalpoeSettings, digest: str) -> str:

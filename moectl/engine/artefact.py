@@ -8,7 +8,7 @@ import io
 import json
 import sys
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,8 +82,20 @@ def load(path: Path) -> Artefact:
     return Artefact(path, payload, facts, digest)
 
 
-def safe_load(data: bytes, where: str) -> Any:
+def safe_load(
+    data: bytes,
+    where: str,
+    *,
+    allowed: Sequence[Any] = (),
+    hint: str = "save its state_dict alone with torch.save and use that file",
+) -> Any:
     """Read what torch.save wrote, tensors and plain types only.
+
+    Args:
+        data: the file.
+        where: its name in errors.
+        allowed: classes and functions that it may name besides; these do run.
+        hint: what to do about a file that names others.
 
     Raises:
         UserError: naming `where`, if it holds anything else or is damaged.
@@ -93,16 +105,31 @@ def safe_load(data: bytes, where: str) -> Any:
     import torch
 
     try:
-        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(list(allowed)):
+            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except UnpicklingError:
         raise UserError(
-            f"{where}: holds more than tensors and plain types, and is not read for safety",
-            "save its state_dict alone with torch.save and use that file",
+            f"{where}: holds more than tensors and plain types, and is not read for safety", hint
         ) from None
     except (RuntimeError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
         known = isinstance(error, RuntimeError) and str(error).strip()
         reason = str(error).strip().partition("\n")[0] if known else type(error).__name__
         raise UserError(f"{where}: not a weights file ({reason[:160]})") from None
+
+
+def trusting_load(data: bytes, where: str) -> Any:
+    """Read what torch.save wrote, running whatever code it asks for.
+
+    Raises:
+        UserError: naming `where`, if that fails.
+    """
+    import torch
+
+    try:
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=False)
+    except Exception as error:  # its code may raise anything
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"{where}: cannot be read ({reason[:160]})") from None
 
 
 def _sidecar(path: Path) -> dict[str, Any]:

@@ -151,7 +151,7 @@ def _request(
     default_name = "+".join(path.stem for path in files) or verb
     name = presets.check_name(common.get("name") or default_name.replace("+", "-")[:60], "run name")
     resume = common.get("resume") or ""
-    folder = _resumed(room, name, resume)
+    folder = _resumed(room, name, verb, resume)
     if resume and common["out"]:
         raise UserError(
             "--resume and --out exclude each other", "--resume REF already names the folder"
@@ -192,11 +192,11 @@ def _read(room: str, reference: str) -> Path:
     return find_run(split_reference(reference)[0], room, status="finished")
 
 
-def _resumed(room: str, name: str, resume: str) -> Path | None:
+def _resumed(room: str, name: str, verb: str, resume: str) -> Path | None:
     from moectl.engine import references
 
     if resume == "auto":
-        return references.newest_unfinished(room, name)
+        return references.newest_unfinished(room, name, verb)
     return references.find_run(resume, room) if resume else None
 
 

@@ -104,12 +104,16 @@ def find_weights(reference: str, room: str | None = None) -> Path:
     raise UserError(f"{folder}: no weights @{wanted}", f"it has: {have or 'none yet'}")
 
 
-def newest_unfinished(room: str, name: str) -> Path | None:
-    """Return the newest run of this name that is not finished, for schedulers that restart jobs."""
+def newest_unfinished(room: str, name: str, command: str) -> Path | None:
+    """Return the newest run of this name and command that is not finished.
+
+    It serves schedulers that restart jobs.
+    """
     for folder, record in all_runs(room):
         unfinished = record.get("status") != "finished"
         # What failed before its first checkpoint has nothing to go on with.
         stillborn = record.get("status") == "failed" and not record.get("checkpoint")
-        if record.get("name") == name and unfinished and not stillborn:
+        same = record.get("name") == name and record.get("command", command) == command
+        if same and unfinished and not stillborn:
             return folder
     return None

@@ -94,3 +94,31 @@ def test_other_refusals(tmp_path: Path) -> None:
         (tmp_path / "a.pth.json").write_text(text, encoding="latin-1")
         with pytest.raises(UserError, match=r"a\.pth\.json"):
             artefact.load(tmp_path / "a.pth")
+
+
+def test_allowed_names_may_be_read_and_no_others(tmp_path: Path) -> None:
+    import numpy as np
+
+    path = tmp_path / "a.pth"
+    torch.save([np.int64(3)], path)
+    with pytest.raises(UserError, match="holds more than tensors") as caught:
+        artefact.safe_load(path.read_bytes(), "a.pth", hint="do this")
+    assert caught.value.hint == "do this"
+    allowed = [np._core.multiarray.scalar, np.dtype, type(np.dtype("l"))]
+    assert artefact.safe_load(path.read_bytes(), "a.pth", allowed=allowed) == [3]
+    with pytest.raises(UserError, match="holds more than tensors"):
+        artefact.safe_load(path.read_bytes(), "a.pth")  # allowed once, not for ever
+    torch.save([Payload(tmp_path / "ran")], path)
+    with pytest.raises(UserError, match="holds more than tensors"):
+        artefact.safe_load(path.read_bytes(), "a.pth", allowed=allowed)
+
+
+def test_a_trusted_file_may_run_code(tmp_path: Path) -> None:
+    torch.save([Payload(tmp_path / "ran")], tmp_path / "a.pth")
+    data = (tmp_path / "a.pth").read_bytes()
+    assert artefact.trusting_load(data, "a.pth") == [None]
+    assert (tmp_path / "ran").exists()
+    with pytest.raises(UserError, match=r"a\.pth: cannot be read \(.*File exists"):
+        artefact.trusting_load(data, "a.pth")
+    with pytest.raises(UserError, match=r"b\.pth: cannot be read"):
+        artefact.trusting_load(data[:50], "b.pth")

@@ -111,11 +111,13 @@ def test_latest_of_a_status(runs: dict[str, Path]) -> None:
 
 
 def test_newest_unfinished_run_of_a_name(runs: dict[str, Path]) -> None:
-    assert newest_unfinished("a", "x") is None
+    assert newest_unfinished("a", "x", "train") is None
     made("a/x-5", status="running")
     newest = made("a/x-6", status="interrupted")
     made("a/y-7", status="running")
-    assert newest_unfinished("a", "x") == newest
+    other = made("a/x-8", status="running", command="merge")
+    assert newest_unfinished("a", "x", "train") == newest
+    assert newest_unfinished("a", "x", "merge") == other
 
 
 def entry(file: str, epoch: int, best: bool = False) -> dict[str, Any]:

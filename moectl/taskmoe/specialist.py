@@ -1,0 +1,127 @@
+"""Training of one specialist: a classifier of its own classes alone."""
+
+import logging
+from typing import Any
+
+import torch
+
+from moectl import __version__
+from moectl.common import scores
+from moectl.common.calibration import negative_log_likelihood
+from moectl.engine.errors import UserError
+from moectl.engine.files import write_json
+from moectl.engine.loop import Loop
+from moectl.engine.optim import build_optimizer, build_schedule
+from moectl.engine.run import Run
+from moectl.engine.seeding import seed_all
+from moectl.engine.settings import dump
+from moectl.taskmoe.data import Data, load_specialist
+from moectl.taskmoe.inference import predict
+from moectl.taskmoe.model import Specialist
+from moectl.taskmoe.settings import TaskmoeSettings
+
+log = logging.getLogger(__name__)
+
+MONITOR = "val/accuracy"
+
+
+def train_specialist(settings: TaskmoeSettings, run: Run[TaskmoeSettings]) -> None:
+    """Train the specialist that the settings name; test its best epoch on its own classes."""
+    data = load_specialist(settings.data, settings.train.seed, settings.specialist.number - 1)
+    seed_all(settings.train.seed, "init")
+    classes = len(data.class_names)
+    model = Specialist(classes, settings.model.width, settings.model.dropout_expert)
+    optimizer = build_optimizer(settings.optim, model.parameters())
+    schedule = build_schedule(settings.schedule, settings.optim.lr, settings.train.epochs)
+    loop = run.loop(model, data.train, optimizer, schedule, MONITOR)
+    log.info("%s: %s", run.folder, ", ".join(data.class_names))
+    size = settings.eval.batch_size
+    loop.rehearse(lambda: predict(loop.evaluating(), data.val, run.accelerator, size, 1))
+
+    for step in loop:
+        images, labels = step.batch
+        logits = loop.model(images)
+        loss = torch.nn.functional.cross_entropy(
+            logits.float(), labels, label_smoothing=settings.loss.label_smoothing
+        )
+        step.update(loss, accuracy=(logits.argmax(1) == labels).float().mean())
+        if step.ends_epoch:
+            judged, truth = predict(loop.evaluating(), data.val, run.accelerator, size)
+            best = step.score(
+                {
+                    "val/loss": negative_log_likelihood(judged.softmax(1), truth),
+                    "val/accuracy": scores.accuracy(judged.argmax(1), truth),
+                }
+            )
+            _save(loop, data, step.epoch + 1, best=best)
+
+    _finish(loop, data)
+
+
+def facts_of(settings: TaskmoeSettings, data: Data) -> dict[str, Any]:
+    """Return what rebuilds a specialist and reads its outputs, as plain types."""
+    model = settings.model
+    return {
+        "model": "Specialist",
+        "arguments": {
+            "classes": len(data.class_names),
+            "width": model.width,
+            "dropout": model.dropout_expert,
+        },
+        "task": settings.data.task,
+        "number": settings.specialist.number,
+        "class_names": list(data.class_names),
+        "class_ids": list(data.class_ids),
+        "mean": list(data.mean),
+        "std": list(data.std),
+        "image_size": data.image_size,
+        "moectl": __version__,
+    }
+
+
+def _save(loop: Loop, data: Data, epoch: int, *, best: bool) -> None:
+    run, settings = loop.run, loop.run.settings
+    last = epoch == settings.train.epochs or loop.patience_ends
+    payload = {
+        "epoch": epoch,
+        "model_state_dict": loop.module.state_dict(),
+        "accuracy": 100 * loop.best["value"],
+        "config": dump(settings),
+        "format_version": 1,
+    }
+    facts = facts_of(settings, data)
+    if last:
+        run.save_weights("last.pth", payload, facts, epoch=epoch)
+    if best:
+        run.save_weights("best_model.pth", payload, facts, epoch=epoch, best=True)
+
+
+def _finish(loop: Loop, data: Data) -> None:
+    """Test the best weights on the specialist's own classes."""
+    from moectl.engine import artefact
+
+    run = loop.run
+    if not len(data.test):
+        raise UserError(f"{run.folder}: the specialist's classes have no test images")
+    weights = artefact.load(run.folder / "best_model.pth")
+    loop.module.load_state_dict(weights.payload["model_state_dict"])
+    size = run.settings.eval.batch_size
+    judged, truth = predict(loop.evaluating(), data.test, run.accelerator, size)
+    hits = scores.per_class_accuracy(judged.argmax(1), truth, len(data.class_names))
+    summary = {
+        "best": {
+            "epoch": weights.facts["epoch"],
+            "accuracy": scores.accuracy(judged.argmax(1), truth),
+            "images": len(truth),
+            "classes": dict(zip(data.class_names, hits, strict=True)),
+        }
+    }
+    run.note(scores=summary)
+    if run.is_main:
+        write_json(run.folder / "summary.json", summary)
+        write_json(run.folder / "config.json", dump(run.settings))
+    log.info(
+        "best epoch %d: %.1f %% of the test images of its classes",
+        weights.facts["epoch"],
+        100 * summary["best"]["accuracy"],
+    )
