@@ -20,6 +20,12 @@ CONTENTS: dict[str, tuple[str, dict[str, str]]] = {
             "import": "Bring a public .pth of the original code into a run folder.",
         },
     ),
+    "taskmoe": (
+        "Specialist classifiers merged into one gated mixture.",
+        {
+            "specialist": "Train one of the specialists.",
+        },
+    ),
     "presets": (
         "Ready-made settings.",
         {

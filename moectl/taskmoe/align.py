@@ -7,14 +7,17 @@ whoever reorders them everywhere at once leaves the network's outputs as they ar
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from moectl.taskmoe.model import Specialist
 
+State = dict[str, Tensor]
+
 _BATCH = 64
-_STATISTICS = 1e-12  # a channel of less variance is dead and correlates with nothing
+_DEAD = 1e-12  # variances below: such a channel correlates with nothing
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class Correlation:
     after: float
 
 
-def permute(state: Mapping[str, Tensor], permutations: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def permute(state: Mapping[str, Tensor], permutations: Mapping[str, Tensor]) -> State:
     """Reorder the channels of a specialist; its outputs stay the same.
 
     Channel i of the result is channel `permutations[group][i]` of the state. Groups that are left
@@ -178,7 +181,7 @@ class _Sums:
         )
         covariance = products - first[:, None] * second
         variances = (first_squares - first**2)[:, None] * (second_squares - second**2)
-        return covariance * (variances > _STATISTICS) / variances.clamp(min=_STATISTICS).sqrt()
+        return covariance * (variances > _DEAD) / variances.clamp(min=_DEAD).sqrt()
 
 
 @contextmanager
@@ -197,6 +200,48 @@ def _recorded(network: nn.Module, groups: Sequence[str]) -> Iterator[dict[str, T
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def average(
+    states: Sequence[Mapping[str, Tensor]], bn: Literal["average", "pooled", "reset"] = "average"
+) -> State:
+    """Average networks entry by entry.
+
+    Args:
+        states: state dicts with the same entries.
+        bn: running statistics of batch norm: averaged as they are; `pooled`, the variance of all
+            inputs together, which counts the spread of the means too; or 0 and 1.
+
+    Raises:
+        ValueError: if the states differ in names or shapes.
+    """
+    same_entries(states)
+    merged = {
+        key: torch.stack([state[key] for state in states]).double().mean(0).to(first.dtype)
+        for key, first in states[0].items()
+    }
+    for key in merged:
+        if key.endswith("running_var") and bn == "pooled":
+            means = torch.stack([state[f"{key[:-3]}mean"] for state in states])
+            merged[key] += means.var(0, correction=0)
+        elif bn == "reset" and key.endswith(("running_mean", "num_batches_tracked")):
+            merged[key].zero_()
+        elif bn == "reset" and key.endswith("running_var"):
+            merged[key].fill_(1)
+    return merged
+
+
+def same_entries(states: Sequence[Mapping[str, Tensor]]) -> None:
+    """Raise ValueError unless all states have the same names and shapes."""
+    if not states:
+        raise ValueError("there are no states to average")
+    for number, state in enumerate(states[1:], start=2):
+        for key in states[0].keys() | state.keys():
+            shapes = [tuple(s[key].shape) if key in s else "absent" for s in (states[0], state)]
+            if shapes[0] != shapes[1]:
+                raise ValueError(
+                    f"{key} is {shapes[0]} in state 1 and {shapes[1]} in state {number}"
+                )
 
 
 @contextmanager

@@ -10,13 +10,13 @@ from moectl.common import scores
 from moectl.common.calibration import negative_log_likelihood
 from moectl.engine.errors import UserError
 from moectl.engine.files import write_json
+from moectl.engine.inference import predict
 from moectl.engine.loop import Loop
 from moectl.engine.optim import build_optimizer, build_schedule
 from moectl.engine.run import Run
 from moectl.engine.seeding import seed_all
 from moectl.engine.settings import dump
 from moectl.taskmoe.data import Data, load_specialist
-from moectl.taskmoe.inference import predict
 from moectl.taskmoe.model import Specialist
 from moectl.taskmoe.settings import TaskmoeSettings
 

@@ -11,7 +11,6 @@ from moectl.common import scores
 from moectl.common.calibration import negative_log_likelihood
 from moectl.engine.artefact import Artefact
 from moectl.engine.errors import UserError
-from moectl.engine.files import write_json
 from moectl.engine.inference import predict
 from moectl.engine.loop import Loop, Step
 from moectl.engine.optim import build_optimizer, build_schedule

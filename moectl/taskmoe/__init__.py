@@ -1,0 +1,1 @@
+"""Specialist classifiers merged into one gated mixture over all their classes."""
