@@ -24,6 +24,8 @@ CONTENTS: dict[str, tuple[str, dict[str, str]]] = {
         "Specialist classifiers merged into one gated mixture.",
         {
             "specialist": "Train one of the specialists.",
+            "merge": "Merge the specialists into one gated mixture.",
+            "train": "Train the mixture.",
         },
     ),
     "presets": (

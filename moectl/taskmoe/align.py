@@ -140,7 +140,7 @@ def _correlate(
         raise ValueError("channels are matched on images, and none were given")
     sums: dict[str, _Sums] = {}
     with _recorded(reference, groups) as ours, _recorded(other, groups) as theirs:
-        for batch in images.split(_BATCH):
+        for batch in torch.split(images, _BATCH):
             reference(batch)
             other(batch)
             for name in groups:
@@ -172,7 +172,7 @@ class _Sums:
             first @ second.T,
         ]
         self.count += first.shape[1]
-        before = self.moments or [0.0] * len(batch)
+        before = self.moments or [torch.zeros_like(moment) for moment in batch]
         self.moments = [a + b for a, b in zip(before, batch, strict=True)]
 
     def correlation(self) -> Tensor:

@@ -22,12 +22,11 @@ from moectl.taskmoe.align import (
     permute,
     same_entries,
 )
-from moectl.taskmoe.model import MergedMoE, Specialist
+from moectl.taskmoe.model import LAYERS, MergedMoE, Specialist
 
 Method = Literal["align", "average", "first", "none"]
 Norm = Literal["recalibrate", "average", "pooled", "reset"]
 
-LAYERS = ("conv1", "residual1", "residual2", "conv2")  # the later ones may belong to the experts
 _BATCH = 128
 _MATCHED = 512  # images on which channels are matched
 _OWNED_BIAS, _FOREIGN_BIAS = 2.0, -3.0  # of heads that see all classes but know only some
@@ -121,7 +120,9 @@ def assemble(  # noqa: PLR0913
     needed = method == "align" or bn == "recalibrate" or gate_init == "prototype"
     if needed and images is None:
         raise ValueError("images are needed to align, to recalibrate and for gate prototypes")
-    shared = LAYERS[: LAYERS.index(model.shared_until) + 1]
+    layers = [*LAYERS]
+    depth = layers.index(model.shared_until) + 1
+    shared = layers[:depth]
     states: list[State] = [specialist.state_dict() for specialist in specialists]
     correlations: list[dict[str, Correlation]] = []
     if method == "align" and images is not None:
@@ -132,7 +133,7 @@ def assemble(  # noqa: PLR0913
         merged = average(chosen, "average" if bn == "recalibrate" else bn)
         _load(model.feature_extractor, merged, "feature_extractor")
     for number, (expert, state) in enumerate(zip(model.experts, states, strict=True)):
-        own = _layers(state, (*LAYERS[len(shared) :], "conv3"))
+        own = _layers(state, [*layers[depth:], "conv3"])
         _load(expert, own, f"experts.{number}")
     if classifier_init == "assembled":
         _assemble_classifier(model, states, owners, rows)
@@ -217,7 +218,8 @@ def _assemble_classifier(
         [state[f"classifier.3.{name}"] for state in states] for name in ("weight", "bias")
     )
     if model.combine == "logits":
-        for head, weight, bias, classes in zip(model.heads, weights, biases, rows, strict=True):
+        heads: Iterable[Any] = model.heads
+        for head, weight, bias, classes in zip(heads, weights, biases, rows, strict=True):
             nn.init.normal_(head.weight, std=0.01)
             nn.init.constant_(head.bias, _FOREIGN_BIAS)
             head.weight[list(classes)] = weight
@@ -231,8 +233,8 @@ def _assemble_classifier(
         classifier.weight[list(classes), :features] += weight
         classifier.bias[list(classes)] += bias
     count = owners.sum(1).to(classifier.weight)
-    classifier.weight /= count[:, None]
-    classifier.bias /= count
+    classifier.weight.div_(count[:, None])
+    classifier.bias.div_(count)
 
 
 def _point_gates(
@@ -247,7 +249,7 @@ def _point_gates(
         raise ValueError("gate prototypes are means over the classes: images and labels are needed")
     batches = _alike(images)
     _measure(model.gating_network, model, batches)
-    last = model.gating_network.gate_net[-1]
+    last: Any = model.gating_network.gate_net[-1]
     seen: list[Tensor] = []
     hook = last.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
     with evaluating(model):
@@ -305,7 +307,7 @@ def step_zero(
         classes with all gates on its expert, over the images of these classes; None without any.
         Chance stands beside both.
     """
-    batches = images.split(_BATCH) if isinstance(images, Tensor) else images
+    batches = torch.split(images, _BATCH) if isinstance(images, Tensor) else images
     experts = owners.shape[1]
     hits, own_hits, own_images, start = 0, [0] * experts, [0] * experts, 0
     with evaluating(model):

@@ -5,12 +5,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from moectl import __version__
 from moectl.common import scores
 from moectl.common.calibration import negative_log_likelihood
+from moectl.engine import artefact
 from moectl.engine.artefact import Artefact
 from moectl.engine.errors import UserError
+from moectl.engine.files import write_json
 from moectl.engine.inference import predict
 from moectl.engine.loop import Loop, Step
 from moectl.engine.optim import build_optimizer, build_schedule
@@ -19,6 +22,7 @@ from moectl.engine.seeding import seed_all
 from moectl.engine.settings import dump
 from moectl.taskmoe.data import Data, load
 from moectl.taskmoe.losses import moe_loss, temperature_at
+from moectl.taskmoe.measures import measure
 from moectl.taskmoe.model import MergedMoE
 from moectl.taskmoe.settings import TaskmoeSettings
 
@@ -54,8 +58,10 @@ def train(settings: TaskmoeSettings, run: Run[TaskmoeSettings], start: Artefact 
         images, labels = step.batch
         _prepare(loop, settings, step)
         output = loop.model(images)
-        usage = global_usage(output.gates, run)
-        loss, parts = moe_loss(output, labels, owners, usage, settings.loss)
+        usage = over_processes(output.gates, run)
+        shares = over_processes(one_hot(output.gates.argmax(1), owners.shape[1]).float(), run)
+        terms = settings.loss.model_dump()
+        loss, parts = moe_loss(output, labels, owners, usage=usage, shares=shares, **terms)
         accuracy = (output.logits.argmax(1) == labels).float().mean()
         step.update(loss, **parts, accuracy=accuracy)
         if step.ends_epoch:
@@ -96,7 +102,7 @@ def _prepare(loop: Loop, settings: TaskmoeSettings, step: Step) -> None:
         loop.optimizer.param_groups[0]["lr"] = 0.0
 
 
-def global_usage(gates: Tensor, run: Run[Any]) -> Tensor:
+def over_processes(gates: Tensor, run: Run[Any]) -> Tensor:
     """Return the mean gates of the batch over all processes, (E,), with the gradient of this one's.
 
     The gradients of the processes are averaged afterwards, so that together they are those of the
@@ -180,3 +186,36 @@ def _save(loop: Loop, data: Data, epoch: int, *, best: bool) -> None:
         run.save_weights("last.pth", payload, facts, epoch=epoch)
     if best:
         run.save_weights("best_model.pth", payload, facts, epoch=epoch, best=True)
+
+
+def _finish(loop: Loop, data: Data) -> None:
+    """Test the best weights, and write what the original's document lists."""
+    run = loop.run
+    settings = run.settings
+    weights = artefact.load(run.folder / "best_model.pth")
+    loop.module.load_state_dict(weights.payload["model_state_dict"])
+    model, experts = loop.evaluating(), data.owners.shape[1]
+    logits, labels = predict(
+        lambda images: model(images).logits, data.test, run.accelerator, settings.eval.batch_size
+    )
+    document = measure(logits, labels, data.class_names, data.owners)
+    overall = document["overall_accuracy"]
+    results = {
+        "best_accuracy": 100 * loop.best["value"],
+        "best_epoch": weights.facts["epoch"],
+        "best_temperature": weights.facts["temperature"],
+        "total_epochs": loop.epoch,
+        "early_stopped": loop.patience_ends,
+        "selected_on": settings.train.select_on,
+        "experts": experts,
+        "test": document,
+    }
+    run.note(scores={"best": {"epoch": results["best_epoch"], "test": overall}})
+    if run.is_main:
+        write_json(run.folder / "results.json", results)
+        write_json(run.folder / "config.json", dump(settings))
+    log.info(
+        "best epoch %d: %.2f %% of the test images",
+        results["best_epoch"],
+        overall,
+    )

@@ -6,13 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from moectl.taskmoe.align import GROUPS, permute
-from moectl.taskmoe.merge import LAYERS, assemble, recalibrate, step_zero
-from moectl.taskmoe.model import MergedMoE, Specialist
+from moectl.taskmoe.merge import Report, assemble, recalibrate, step_zero
+from moectl.taskmoe.model import LAYERS, MergedMoE, Specialist
 
 WIDTH = 4
 FEATURES = 8 * WIDTH
 IMAGES = torch.randn(48, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-PLACES = dict(zip(LAYERS, (0, 1, 3, 5), strict=True))  # in the feature extractor
 DISJOINT = [[0, 1], [2, 3], [4, 5]]
 CHAIN = [[0, 1, 2], [2, 3, 4], [4, 5, 0]]  # classes 0, 2 and 4 have two owners
 KEPT: dict[str, Any] = {"method": "average", "bn": "average"}
@@ -43,6 +42,10 @@ def make_specialist(seed: int, classes: int = 2, width: int = WIDTH) -> Speciali
     return network.eval()
 
 
+def three(**more: int) -> list[Specialist]:
+    return [make_specialist(seed, **more) for seed in range(3)]
+
+
 def mixture(experts: int = 3, classes: int = 6, **more: Any) -> MergedMoE:
     torch.manual_seed(100)
     given = {"width": WIDTH, "gating_feature_dim": 8, "temperature": 2.0, **more}
@@ -58,6 +61,12 @@ def owners_of(rows: list[list[int]]) -> Tensor:
     return owners
 
 
+def merge(
+    model: MergedMoE, specialists: list[Specialist], rows: list[list[int]], **options: Any
+) -> Report:
+    return assemble(model, specialists, owners_of(rows), rows, **options)
+
+
 def forced(expert: int, experts: int, images: int) -> Tensor:
     return torch.eye(experts)[expert].expand(images, -1)
 
@@ -71,8 +80,8 @@ def same(module: nn.Module, before: dict[str, Tensor]) -> bool:
 
 
 def take_extractor(model: MergedMoE, specialist: Specialist, shared_until: str = "conv2") -> None:
-    for layer in LAYERS[: LAYERS.index(shared_until) + 1]:
-        stage = model.feature_extractor[PLACES[layer]]
+    for layer in list(LAYERS)[: list(LAYERS).index(shared_until) + 1]:
+        stage = model.feature_extractor[LAYERS[layer]]
         stage.load_state_dict(specialist.get_submodule(layer).state_dict())
 
 
@@ -84,7 +93,7 @@ def test_a_mixture_with_the_extractor_of_a_specialist_is_that_specialist(
     rows = DISJOINT[:experts]
     specialists = [make_specialist(seed) for seed in range(experts)]
     model = mixture(experts, 2 * experts, shared_until=shared_until)
-    assemble(model, specialists, owners_of(rows), rows, method="none", bn="average")
+    merge(model, specialists, rows, method="none", bn="average")
     for number, specialist in enumerate(specialists):
         take_extractor(model, specialist, shared_until)
         with torch.no_grad():
@@ -95,9 +104,9 @@ def test_a_mixture_with_the_extractor_of_a_specialist_is_that_specialist(
 
 def test_heads_of_a_logit_mixture_are_the_specialists_raised_by_2() -> None:
     rows = DISJOINT
-    specialists = [make_specialist(seed) for seed in range(3)]
+    specialists = three()
     model = mixture(combine="logits")
-    assemble(model, specialists, owners_of(rows), rows, method="none", bn="average")
+    merge(model, specialists, rows, method="none", bn="average")
     take_extractor(model, specialists[1])
     with torch.no_grad():
         logits = model(IMAGES, gates=forced(1, 3, len(IMAGES))).logits
@@ -109,9 +118,8 @@ def test_heads_of_a_logit_mixture_are_the_specialists_raised_by_2() -> None:
 
 
 def test_rows_of_a_shared_class_are_the_mean_of_its_owners() -> None:
-    specialists = [make_specialist(seed, 3) for seed in range(3)]
-    model = mixture()
-    assemble(model, specialists, owners_of(CHAIN), CHAIN, **KEPT)
+    specialists, model = three(classes=3), mixture()
+    merge(model, specialists, CHAIN, **KEPT)
     weights = [specialist.classifier[3].weight for specialist in specialists]
     biases = [specialist.classifier[3].bias for specialist in specialists]
     weight, bias = model.classifier.weight, model.classifier.bias
@@ -128,7 +136,7 @@ def test_rows_follow_the_order_of_the_specialists_own_classes() -> None:
     rows = [[3, 0], [1, 2]]
     specialists = [make_specialist(seed) for seed in range(2)]
     model = mixture(2, 4)
-    assemble(model, specialists, owners_of(rows), rows, **KEPT)
+    merge(model, specialists, rows, **KEPT)
     torch.testing.assert_close(
         model.classifier.weight[[3, 0], :FEATURES], specialists[0].classifier[3].weight
     )
@@ -149,15 +157,7 @@ def shuffled_copies(base: Specialist) -> list[Specialist]:
 def test_aligned_copies_of_one_network_merge_into_that_network(shared_until: str) -> None:
     specialists = shuffled_copies(make_specialist(3))
     model = mixture(shared_until=shared_until)
-    report = assemble(
-        model,
-        specialists,
-        owners_of(DISJOINT),
-        DISJOINT,
-        method="align",
-        bn="average",
-        images=IMAGES,
-    )
+    report = merge(model, specialists, DISJOINT, method="align", bn="average", images=IMAGES)
     with torch.no_grad():
         for number, rows in enumerate(DISJOINT):
             logits = model(IMAGES, gates=forced(number, 3, len(IMAGES))).logits
@@ -175,7 +175,7 @@ def test_aligned_copies_of_one_network_merge_into_that_network(shared_until: str
 def test_plain_averages_of_shuffled_copies_are_another_network() -> None:
     specialists = shuffled_copies(make_specialist(3))
     model = mixture()
-    report = assemble(model, specialists, owners_of(DISJOINT), DISJOINT, **KEPT)
+    report = merge(model, specialists, DISJOINT, **KEPT)
     with torch.no_grad():
         logits = model(IMAGES, gates=forced(0, 3, len(IMAGES))).logits[:, :2]
         assert (logits - specialists[0](IMAGES)).abs().max() > 0.1
@@ -184,9 +184,8 @@ def test_plain_averages_of_shuffled_copies_are_another_network() -> None:
 
 
 def test_the_average_takes_parameters_and_buffers_of_all() -> None:
-    specialists = [make_specialist(seed) for seed in range(3)]
-    model = mixture()
-    assemble(model, specialists, owners_of(DISJOINT), DISJOINT, **KEPT)
+    specialists, model = three(), mixture()
+    merge(model, specialists, DISJOINT, **KEPT)
     shared = model.feature_extractor[0]
     for key, value in shared.state_dict().items():
         if value.is_floating_point():
@@ -195,28 +194,18 @@ def test_the_average_takes_parameters_and_buffers_of_all() -> None:
 
 
 def test_first_takes_the_shared_layers_of_the_first_specialist() -> None:
-    specialists = [make_specialist(seed) for seed in range(3)]
-    model = mixture()
-    assemble(model, specialists, owners_of(DISJOINT), DISJOINT, method="first", bn="average")
-    for layer, place in PLACES.items():
+    specialists, model = three(), mixture()
+    merge(model, specialists, DISJOINT, method="first", bn="average")
+    for layer, place in LAYERS.items():
         own = specialists[0].get_submodule(layer)
         assert same(model.feature_extractor[place], own.state_dict())
 
 
 def test_what_is_left_random_stays_as_initialised() -> None:
-    specialists = [make_specialist(seed) for seed in range(3)]
-    model = mixture()
+    specialists, model = three(), mixture()
     parts = (model.feature_extractor, model.classifier, model.gating_network)
     before = [snapshot(part) for part in parts]
-    assemble(
-        model,
-        specialists,
-        owners_of(DISJOINT),
-        DISJOINT,
-        method="none",
-        bn="average",
-        classifier_init="random",
-    )
+    merge(model, specialists, DISJOINT, method="none", bn="average", classifier_init="random")
     assert all(same(part, state) for part, state in zip(parts, before, strict=True))
     inner = list(model.experts[2].state_dict().values())
     own = list(specialists[2].conv3.state_dict().values())
@@ -224,16 +213,15 @@ def test_what_is_left_random_stays_as_initialised() -> None:
 
 
 def test_specialists_are_never_written_to() -> None:
-    specialists = [make_specialist(seed) for seed in range(3)]
+    specialists = three()
     before = [snapshot(specialist) for specialist in specialists]
-    assemble(mixture(), specialists, owners_of(DISJOINT), DISJOINT, images=IMAGES)
+    merge(mixture(), specialists, DISJOINT, images=IMAGES)
     assert all(same(s, state) for s, state in zip(specialists, before, strict=True))
 
 
 def test_reset_leaves_statistics_of_0_and_1_in_the_shared_layers() -> None:
-    specialists = [make_specialist(seed) for seed in range(3)]
-    model = mixture()
-    assemble(model, specialists, owners_of(DISJOINT), DISJOINT, method="average", bn="reset")
+    specialists, model = three(), mixture()
+    merge(model, specialists, DISJOINT, method="average", bn="reset")
     norms = [m for m in model.feature_extractor.modules() if isinstance(m, nn.BatchNorm2d)]
     assert len(norms) == 5
     assert not any(norm.running_mean.any() for norm in norms)
@@ -288,21 +276,18 @@ def test_recalibration_without_images_is_refused() -> None:
         recalibrate(mixture(), [])
 
 
-def test_default_merge_measures_the_statistics_on_the_images() -> None:
-    specialists = [make_specialist(seed) for seed in range(3)]
+def test_the_default_measures_the_statistics_on_the_images() -> None:
     model, again = mixture(), mixture()
-    arguments = (specialists, owners_of(DISJOINT), DISJOINT)
-    assemble(model, *arguments, method="average", images=IMAGES)
-    assemble(again, *arguments, **KEPT)
+    merge(model, three(), DISJOINT, method="average", images=IMAGES)
+    merge(again, three(), DISJOINT, **KEPT)
     recalibrate(again, [IMAGES])
     assert same(model, again.state_dict())
 
 
 def test_batches_of_sorted_images_are_alike() -> None:
     images = torch.linspace(-2, 2, 160)[:, None, None, None] + IMAGES[:1]
-    specialists = [make_specialist(seed) for seed in range(3)]
-    model = mixture()
-    assemble(model, specialists, owners_of(DISJOINT), DISJOINT, images=images)
+    specialists, model = three(), mixture()
+    merge(model, specialists, DISJOINT, images=images)
     norm = model.feature_extractor[0].bn
     with torch.no_grad():
         seen = model.feature_extractor[0].conv(images)
@@ -324,19 +309,11 @@ def gate_inputs(model: MergedMoE, images: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("combine", ["features", "logits"])
 def test_prototype_gates_prefer_the_nearest_mean_of_the_owners(combine: str) -> None:
-    specialists = [make_specialist(seed, 3) for seed in range(3)]
+    specialists = three(classes=3)
     labels, owners = torch.arange(len(IMAGES)) % 6, owners_of(CHAIN)
     model = mixture(combine=combine)
     images = IMAGES + torch.eye(3)[labels // 2][..., None, None]
-    assemble(
-        model,
-        specialists,
-        owners,
-        CHAIN,
-        gate_init="prototype",
-        images=images,
-        labels=labels,
-    )
+    merge(model, specialists, CHAIN, gate_init="prototype", images=images, labels=labels)
     inputs = gate_inputs(model, images)
     means = torch.stack([inputs[owners[labels, j] > 0].mean(0) for j in range(3)])
     distances = torch.cdist(inputs, means).square()
@@ -355,23 +332,17 @@ def test_prototype_gates_prefer_the_nearest_mean_of_the_owners(combine: str) -> 
 
 def test_one_specialist_can_have_a_prototype_gate() -> None:
     model = mixture(1, 2)
-    assemble(
-        model,
-        [make_specialist(0)],
-        owners_of([[0, 1]]),
-        [[0, 1]],
-        gate_init="prototype",
-        images=IMAGES,
-        labels=torch.arange(len(IMAGES)) % 2,
+    labels = torch.arange(len(IMAGES)) % 2
+    merge(
+        model, [make_specialist(0)], [[0, 1]], gate_init="prototype", images=IMAGES, labels=labels
     )
     with torch.no_grad():
         assert torch.equal(model(IMAGES).gates, torch.ones(len(IMAGES), 1))
 
 
 def test_the_parameter_table_adds_up() -> None:
-    specialists = [make_specialist(seed) for seed in range(3)]
-    model = mixture()
-    report = assemble(model, specialists, owners_of(DISJOINT), DISJOINT, **KEPT)
+    specialists, model = three(), mixture()
+    report = merge(model, specialists, DISJOINT, **KEPT)
     table = dict(report.parameters)
     total, before = table.pop("total"), table.pop("specialists")
     assert total == sum(table.values()) == sum(p.numel() for p in model.parameters())
@@ -380,38 +351,33 @@ def test_the_parameter_table_adds_up() -> None:
 
 
 def test_arguments_that_do_not_fit_are_refused() -> None:
-    specialists = [make_specialist(seed) for seed in range(3)]
-    owners = owners_of(DISJOINT)
+    owners, rows = owners_of(DISJOINT), [[0, 1], [2, 3], [4, 3]]
+    wider = torch.cat([owners, torch.zeros(1, 3)])
     with pytest.raises(ValueError, match="2 specialists, 3 lists of rows"):
-        assemble(mixture(), specialists[:2], owners, DISJOINT, **KEPT)
+        assemble(mixture(), three()[:2], owners, DISJOINT, **KEPT)
     with pytest.raises(ValueError, match=r"specialist 3: .*\[4, 3\].*\[4, 5\]"):
-        assemble(mixture(), specialists, owners, [[0, 1], [2, 3], [4, 3]], **KEPT)
+        assemble(mixture(), three(), owners, rows, **KEPT)
     with pytest.raises(ValueError, match="classes without any specialist"):
-        wider = torch.cat([owners, torch.zeros(1, 3)])
-        assemble(mixture(classes=7), specialists, wider, DISJOINT, **KEPT)
+        assemble(mixture(classes=7), three(), wider, DISJOINT, **KEPT)
     with pytest.raises(ValueError, match="images are needed"):
-        assemble(mixture(), specialists, owners, DISJOINT, method="average")
+        merge(mixture(), three(), DISJOINT, method="average")
     with pytest.raises(ValueError, match="images and labels"):
-        assemble(
-            mixture(), specialists, owners, DISJOINT, gate_init="prototype", images=IMAGES, **KEPT
-        )
+        merge(mixture(), three(), DISJOINT, gate_init="prototype", images=IMAGES, **KEPT)
 
 
 def test_other_widths_are_refused_with_the_layer_and_shapes() -> None:
-    owners = owners_of(DISJOINT)
-    wide = [make_specialist(seed, width=5) for seed in range(3)]
+    wide = three(width=5)
     with pytest.raises(ValueError, match=r"conv1\.conv\.weight of shape \(5, 3, 3, 3\).*\(4, 3,"):
-        assemble(mixture(), wide, owners, DISJOINT, **KEPT)
-    mixed = [make_specialist(0), *wide[1:]]
+        merge(mixture(), wide, DISJOINT, **KEPT)
     with pytest.raises(ValueError, match=r"\(.*\) in state 1 and \(.*\) in state 2"):
-        assemble(mixture(), mixed, owners, DISJOINT, **KEPT)
+        merge(mixture(), [make_specialist(0), *wide[1:]], DISJOINT, **KEPT)
 
 
 def test_step_zero_counts_what_a_loop_counts() -> None:
-    specialists = [make_specialist(seed, 3) for seed in range(3)]
+    specialists = three(classes=3)
     model, owners = mixture().train(), owners_of(CHAIN)
     labels = torch.arange(len(IMAGES)) % 6
-    assemble(model, specialists, owners, CHAIN, images=IMAGES)
+    merge(model, specialists, CHAIN, images=IMAGES)
     found = step_zero(model, IMAGES, labels, owners)
     assert model.training
     model.eval()
@@ -437,7 +403,7 @@ def test_step_zero_finds_a_specialist_that_is_always_right() -> None:
     rows = [[0, 1, 2], [3, 4, 5]]
     owners = owners_of(rows)
     others = [specialist, make_specialist(1, 3)]
-    assemble(model, others, owners, rows, method="first", bn="average")
+    merge(model, others, rows, method="first", bn="average")
     with torch.no_grad():
         labels = specialist(IMAGES).argmax(1)
     found = step_zero(model, IMAGES, labels, owners)
