@@ -137,9 +137,8 @@ def test_rows_follow_the_order_of_the_specialists_own_classes() -> None:
     specialists = [make_specialist(seed) for seed in range(2)]
     model = mixture(2, 4)
     merge(model, specialists, rows, **KEPT)
-    torch.testing.assert_close(
-        model.classifier.weight[[3, 0], :FEATURES], specialists[0].classifier[3].weight
-    )
+    own = specialists[0].classifier[3].weight
+    torch.testing.assert_close(model.classifier.weight[[3, 0], :FEATURES], own)
 
 
 def shuffled_copies(base: Specialist) -> list[Specialist]:
@@ -160,10 +159,8 @@ def test_aligned_copies_of_one_network_merge_into_that_network(shared_until: str
     report = merge(model, specialists, DISJOINT, method="align", bn="average", images=IMAGES)
     with torch.no_grad():
         for number, rows in enumerate(DISJOINT):
-            logits = model(IMAGES, gates=forced(number, 3, len(IMAGES))).logits
-            torch.testing.assert_close(
-                logits[:, rows], specialists[0](IMAGES), rtol=1e-5, atol=1e-5
-            )
+            logits = model(IMAGES, gates=forced(number, 3, len(IMAGES))).logits[:, rows]
+            torch.testing.assert_close(logits, specialists[0](IMAGES), rtol=1e-5, atol=1e-5)
     groups = {"conv1": 1, "residual1": 2, "residual2": 4, "conv2": 5}[shared_until]
     assert [list(gains) for gains in report.correlations] == [list(GROUPS)[:groups]] * 2
     for gains in report.correlations:
@@ -173,8 +170,7 @@ def test_aligned_copies_of_one_network_merge_into_that_network(shared_until: str
 
 
 def test_plain_averages_of_shuffled_copies_are_another_network() -> None:
-    specialists = shuffled_copies(make_specialist(3))
-    model = mixture()
+    specialists, model = shuffled_copies(make_specialist(3)), mixture()
     report = merge(model, specialists, DISJOINT, **KEPT)
     with torch.no_grad():
         logits = model(IMAGES, gates=forced(0, 3, len(IMAGES))).logits[:, :2]
@@ -186,8 +182,7 @@ def test_plain_averages_of_shuffled_copies_are_another_network() -> None:
 def test_the_average_takes_parameters_and_buffers_of_all() -> None:
     specialists, model = three(), mixture()
     merge(model, specialists, DISJOINT, **KEPT)
-    shared = model.feature_extractor[0]
-    for key, value in shared.state_dict().items():
+    for key, value in model.feature_extractor[0].state_dict().items():
         if value.is_floating_point():
             each = torch.stack([s.conv1.state_dict()[key] for s in specialists])
             torch.testing.assert_close(value, each.mean(0))
@@ -197,8 +192,8 @@ def test_first_takes_the_shared_layers_of_the_first_specialist() -> None:
     specialists, model = three(), mixture()
     merge(model, specialists, DISJOINT, method="first", bn="average")
     for layer, place in LAYERS.items():
-        own = specialists[0].get_submodule(layer)
-        assert same(model.feature_extractor[place], own.state_dict())
+        own = specialists[0].get_submodule(layer).state_dict()
+        assert same(model.feature_extractor[place], own)
 
 
 def test_what_is_left_random_stays_as_initialised() -> None:
@@ -289,8 +284,7 @@ def test_batches_of_sorted_images_are_alike() -> None:
     specialists, model = three(), mixture()
     merge(model, specialists, DISJOINT, images=images)
     norm = model.feature_extractor[0].bn
-    with torch.no_grad():
-        seen = model.feature_extractor[0].conv(images)
+    seen = model.feature_extractor[0].conv(images).detach()
     # Batches from one end each would have a quarter of the variance between the images.
     torch.testing.assert_close(norm.running_var, seen.var((0, 2, 3)), rtol=0.01, atol=0)
     assert norm.num_batches_tracked == 2
@@ -331,11 +325,9 @@ def test_prototype_gates_prefer_the_nearest_mean_of_the_owners(combine: str) -> 
 
 
 def test_one_specialist_can_have_a_prototype_gate() -> None:
-    model = mixture(1, 2)
-    labels = torch.arange(len(IMAGES)) % 2
-    merge(
-        model, [make_specialist(0)], [[0, 1]], gate_init="prototype", images=IMAGES, labels=labels
-    )
+    model, labels = mixture(1, 2), torch.arange(len(IMAGES)) % 2
+    options = {"gate_init": "prototype", "images": IMAGES, "labels": labels}
+    merge(model, [make_specialist(0)], [[0, 1]], **options)
     with torch.no_grad():
         assert torch.equal(model(IMAGES).gates, torch.ones(len(IMAGES), 1))
 
@@ -401,10 +393,8 @@ def test_step_zero_counts_what_a_loop_counts() -> None:
 def test_step_zero_finds_a_specialist_that_is_always_right() -> None:
     specialist, model = make_specialist(0, 3), mixture(2, 6)
     rows = [[0, 1, 2], [3, 4, 5]]
-    owners = owners_of(rows)
-    others = [specialist, make_specialist(1, 3)]
-    merge(model, others, rows, method="first", bn="average")
+    merge(model, [specialist, make_specialist(1, 3)], rows, method="first", bn="average")
     with torch.no_grad():
         labels = specialist(IMAGES).argmax(1)
-    found = step_zero(model, IMAGES, labels, owners)
+    found = step_zero(model, IMAGES, labels, owners_of(rows))
     assert found["own_accuracy"] == [1.0, None]
