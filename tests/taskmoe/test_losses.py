@@ -381,7 +381,7 @@ COSINE = [2.0, 1.963292, 1.780330, 1.25, 0.719670, 0.536708, 0.500370, 0.5, 0.5]
 
 @pytest.mark.parametrize(
     ("epoch", "expected"),
-    zip([0, 10, 25, 50, 75, 90, 99, 100, 150], COSINE, strict=True),
+    [*zip([0, 10, 25, 50, 75, 90, 99, 100, 150], COSINE, strict=True)],
 )
 def test_cosine_temperature_known_answers(epoch, expected):
     assert temperature_at(epoch, 100, 2.0, 0.5) == pytest.approx(expected, abs=5e-7)
