@@ -59,6 +59,18 @@ def root() -> Path:
     return _ROOT
 
 
+@pytest.fixture
+def balpoe(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Run a command of balpoe in this process; return exit code, stdout and stderr."""
+    from moectl.cli import _run
+
+    def call(*words: str) -> tuple[int, str, str]:
+        code = _run(["balpoe", *words])
+        return code, *capsys.readouterr()
+
+    return call
+
+
 @pytest.fixture(scope="session")
 def toy() -> ModuleType:
     """The tiny system that is trained through the real engine."""

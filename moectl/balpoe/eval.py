@@ -1,7 +1,5 @@
 """Accuracy, calibration, shifted test sets and expert diversity of a classifier."""
 
-import csv
-import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -24,7 +22,7 @@ from moectl.common import scores
 from moectl.engine import console
 from moectl.engine.command import Request
 from moectl.engine.errors import UserError
-from moectl.engine.files import write_json, write_text
+from moectl.engine.files import csv_text, write_json, write_text
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -241,9 +239,9 @@ def write_evaluation(
     evals.mkdir(exist_ok=True)
     write_json(evals / f"{name}.json", {"weights": dict(weights), **document})
     rows = [{"model": model, **row} for model, row in document["accuracy"].items()]
-    write_text(evals / f"{name}-accuracy.csv", _csv(rows))
+    write_text(evals / f"{name}-accuracy.csv", csv_text(rows))
     rows = [{"model": model, **row} for model, row in document["calibration"].items()]
-    write_text(evals / f"{name}-calibration.csv", _csv(rows))
+    write_text(evals / f"{name}-calibration.csv", csv_text(rows))
     classes = zip(
         document["class_names"], document["class_counts"], document["per_class"], strict=True
     )
@@ -251,18 +249,9 @@ def write_evaluation(
         {"class": label, "training_images": count, "accuracy": value}
         for label, count, value in classes
     ]
-    write_text(evals / f"{name}-classes.csv", _csv(rows))
+    write_text(evals / f"{name}-classes.csv", csv_text(rows))
     if document["shifted"]:
-        write_text(evals / f"{name}-shifted.csv", _csv(document["shifted"]))
-
-
-def _csv(rows: list[dict[str, Any]]) -> str:
-    text = io.StringIO(newline="")
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+        write_text(evals / f"{name}-shifted.csv", csv_text(document["shifted"]))
 
 
 def run_eval(

@@ -1,7 +1,5 @@
 """The rejection part of `moectl balpoe eval`: both label priors, and the files."""
 
-import csv
-import io
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,9 +10,9 @@ from moectl.balpoe.groups import Groups, class_groups
 from moectl.balpoe.inference import Classifier
 from moectl.balpoe.priors import label_prior
 from moectl.balpoe.selective import Task, compare
-from moectl.balpoe.settings import BalpoeSettings
+from moectl.balpoe.settings import BalpoeSettings, PluginSection
 from moectl.engine.errors import UserError
-from moectl.engine.files import write_json, write_text
+from moectl.engine.files import csv_text, write_json, write_text
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +51,7 @@ def evaluate_rejection(
             section.groups, outputs.class_counts, outputs.class_names, section.tail_threshold
         )
         for name, fitted in saved.items():
-            _check_saved(name, fitted, found, groups, section.rates)
+            _check_saved(name, fitted, found, groups, section)
         by_prior = {}
         for name, words in PRIORS.items():
             log.info("rejection: class shares %s", words)
@@ -81,7 +79,7 @@ def evaluate_rejection(
 
 
 def _check_saved(
-    name: str, fitted: Fitted, found: Classifier, groups: Groups, rates: Sequence[float]
+    name: str, fitted: Fitted, found: Classifier, groups: Groups, section: PluginSection
 ) -> None:
     if fitted.weights["sha256"] != found.weights["sha256"]:
         raise UserError(
@@ -89,12 +87,15 @@ def _check_saved(
             f" {found.weights['sha256'][:12]}",
             "moectl balpoe plugin fits one to these",
         )
-    for rate in rates:
-        if rate not in fitted.plugin.rates:
+    points = [*({"rate": rate} for rate in section.rates), *({"cost": c} for c in section.costs)]
+    for point in points:
+        try:
+            fitted.plugin.point(**point)
+        except ValueError as error:
             raise UserError(
-                f"plug-in {name}: has no rule for the rejection rate {rate:g}",
-                "measure at its rates with --set plugin.rates=…",
-            )
+                f"plug-in {name}: {error}",
+                "measure at its points with --set plugin.rates=… and plugin.costs=…",
+            ) from None
     if fitted.plugin.groups != groups:
         raise UserError(
             f"plug-in {name}: fitted for the groups {', '.join(fitted.plugin.groups.names[:5])},"
@@ -123,7 +124,7 @@ def _write(folder: Path, document: Mapping[str, Any]) -> None:
         ],
     )
     write_json(folder / "detailed_results.json", _trial_rows(rows))
-    write_text(folder / "risk_coverage.csv", _csv(document))
+    write_text(folder / "risk_coverage.csv", csv_text(_curve_rows(document)))
 
 
 def _area_row(prior: str, name: str, method: Mapping[str, Any]) -> dict[str, Any]:
@@ -165,19 +166,23 @@ def _trial_rows(rows: Sequence[tuple[str, str, Mapping[str, Any]]]) -> list[dict
     ]
 
 
-def _csv(document: Mapping[str, Any]) -> str:
-    """One line for each label prior, method, kind of threshold and rejection rate."""
-    text = io.StringIO(newline="")
+def _curve_rows(document: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One row for each label prior, method, kind of threshold and rejection rate."""
     names = document["groups"]["names"]
+    return [
+        {"label_prior": prior, "method": name, "threshold": kind, "rate": rate}
+        | _at_point(curve, point, names)
+        for prior, part in document["priors"].items()
+        for name, method in part["methods"].items()
+        for kind, curve in method["curve"].items()
+        for point, rate in enumerate(document["rates"])
+    ]
+
+
+def _at_point(curve: Mapping[str, Any], point: int, groups: Sequence[str]) -> dict[str, Any]:
     plain = ("rejection", "balanced_error", "worst_error", "standard_error", "gap")
-    writer = csv.writer(text, lineterminator="\n")
-    errors, shares = ([f"{what}_{name}" for name in names] for what in ("error", "coverage"))
-    writer.writerow(["label_prior", "method", "threshold", "rate", *plain, *errors, *shares])
-    for prior, part in document["priors"].items():
-        for name, method in part["methods"].items():
-            for kind, curve in method["curve"].items():
-                for point, rate in enumerate(document["rates"]):
-                    values = [curve[column][point] for column in plain]
-                    groups = [*curve["group_errors"][point], *curve["group_coverage"][point]]
-                    writer.writerow([prior, name, kind, rate, *values, *groups])
-    return text.getvalue()
+    row = {name: curve[name][point] for name in plain}
+    for what, column in (("error", "group_errors"), ("coverage", "group_coverage")):
+        values = zip(groups, curve[column][point], strict=True)
+        row |= {f"{what}_{group}": value for group, value in values}
+    return row

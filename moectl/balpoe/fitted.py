@@ -10,12 +10,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from torch import Tensor
 
 from moectl import __version__
-from moectl.balpoe.groups import Groups, read_json
+from moectl.balpoe.groups import Groups
 from moectl.balpoe.losses import log_posterior, log_prior
 from moectl.balpoe.rule import Plugin
 from moectl.balpoe.settings import POSTERIOR, PluginSection
 from moectl.engine.errors import UserError
-from moectl.engine.files import is_file
+from moectl.engine.files import is_file, read_json
+from moectl.engine.presets import NAME
 from moectl.engine.settings import nearest
 
 FILE = "optimized_parameters.json"
@@ -114,7 +115,7 @@ class _Groups(_Strict):
 
 
 class _Checkpoint(_Strict):
-    file: str
+    file: Annotated[str, Field(pattern=f"^{NAME.pattern}$")]
     sha256: str
     epoch: int
 

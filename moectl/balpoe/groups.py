@@ -3,14 +3,13 @@
 Nothing here needs torch until the shots are asked for.
 """
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from moectl.engine.errors import UserError
+from moectl.engine.files import read_json
 from moectl.engine.settings import nearest
 from moectl.engine.toml import read_toml
 
@@ -169,19 +168,3 @@ def _class_index(member: object, class_names: Sequence[str], place: str) -> int:
             f"{place}: {member!r} is neither a class name nor an index from 0 to {last}"
         )
     return member
-
-
-def read_json(path: Path) -> Any:
-    """Read a JSON file that somebody else wrote.
-
-    Raises:
-        UserError: if it is missing, not UTF-8 or not JSON.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from None

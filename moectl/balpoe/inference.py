@@ -147,7 +147,7 @@ def outputs_of(
     data: Data,
     settings: BalpoeSettings,
     accelerator: "Accelerator",
-    sha256: str,
+    digest: str,
 ) -> Outputs:
     """Compute the outputs of a model, in eval mode, on the validation and test images."""
     size = settings.eval.batch_size
@@ -163,7 +163,7 @@ def outputs_of(
         class_names=list(data.class_names),
         val_indices=data.val_indices,
         test_indices=data.test_indices,
-        weights=sha256,
+        weights=digest,
     )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moectl.balpoe.curves import curve
 from moectl.balpoe.fitted import FILE, Fitted, posteriors, to_document
-from moectl.balpoe.groups import Groups, class_groups, read_json
+from moectl.balpoe.groups import Groups, class_groups
 from moectl.balpoe.inference import LOGITS, Classifier, open_classifier
 from moectl.balpoe.logits import Outputs, read_outputs, write_outputs
 from moectl.balpoe.longtail import halve
@@ -25,7 +25,7 @@ from moectl.common.calibration import expected_calibration_error, reliability
 from moectl.common.scores import prior_weights
 from moectl.engine.command import Request, open_run
 from moectl.engine.errors import UserError
-from moectl.engine.files import sha256, write_json
+from moectl.engine.files import read_json, sha256, write_json
 from moectl.engine.run import Run
 from moectl.engine.settings import dump
 
@@ -214,8 +214,8 @@ def _described(settings: BalpoeSettings, outputs: Outputs) -> BalpoeSettings:
     tree["loss"]["tau_list"] = outputs.taus
     try:
         return BalpoeSettings(**tree)
-    except ValidationError as error:
-        raise UserError(f"model.experts: {len(outputs.taus)} experts are too many") from error
+    except ValidationError:
+        raise UserError(f"model.experts: {len(outputs.taus)} experts are too many") from None
 
 
 def _adopt(run: Run[BalpoeSettings], path: Path, outputs: Outputs) -> Classifier:

@@ -12,9 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moectl.balpoe.groups import read_json
 from moectl.engine.errors import UserError
-from moectl.engine.files import is_file
+from moectl.engine.files import is_file, read_json
 from moectl.engine.settings import nearest
 
 PSEUDO_ITEMS = 10.0

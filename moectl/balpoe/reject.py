@@ -1,7 +1,5 @@
 """Applying a fitted plug-in to new items: a class, or the advice to abstain."""
 
-import csv
-import io
 import json
 import logging
 from dataclasses import replace
@@ -21,7 +19,7 @@ from moectl.common.scores import prior_weights
 from moectl.engine import artefact
 from moectl.engine.command import Request
 from moectl.engine.errors import UserError
-from moectl.engine.files import is_file
+from moectl.engine.files import csv_text, is_file
 from moectl.engine.launch import build_accelerator
 from moectl.engine.references import find_weights, split_reference
 from moectl.engine.run import read_record
@@ -199,8 +197,4 @@ def lines(rows: list[dict[str, Any]], form: str) -> str:
     """Write a row per line, as `jsonl` or `csv`."""
     if form == "jsonl":
         return "".join(json.dumps(row) + "\n" for row in rows)
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+    return csv_text(rows)

@@ -336,9 +336,7 @@ def _worst_group(
     fitting, held = (sample.rows(torch.from_numpy(half)) for half in halves)
     for half in (fitting, held):
         _check_groups(half.weights @ half.member, groups, "in one half of the items")
-    beta = torch.full_like(target.rates, 1 / len(groups.names))[:, None] * torch.ones(
-        len(groups.names), dtype=torch.float64
-    )
+    beta = _beta("balanced", len(groups.names)).expand(len(target.rates), -1)
     states, betas = [], []
     for _ in range(method.rounds):
         found, _ = _cost_sensitive(fitting, target, beta, method)

@@ -24,7 +24,7 @@ METHODS = {
     "moe_plugin": "the plug-in rule on the ensemble with weights searched for the balanced error",
     "plugin_single_worst": "the plug-in rule for the worst group on the most balanced expert",
     "plugin_balpoe_avg_worst": "that rule on the ensemble of equal weights",
-    "moe_plugin_worst": "that rule on the ensemble of fitted weights",
+    "moe_plugin_worst": "that rule on the ensemble with those weights",
 }
 PRIORS = {
     "train": ("label prior of the training set", "re-weighted to the class shares in training"),

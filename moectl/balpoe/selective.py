@@ -7,7 +7,7 @@ Sources: Chow 1970; Narasimhan et al. 2024.
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
@@ -80,12 +80,13 @@ def compare(task: Task, saved: Mapping[str, Fitted]) -> dict[str, Any]:
         and cost.
 
     Raises:
-        ValueError: if a group has no item, or none that a plug-in accepts.
+        ValueError: if a group has no item.
     """
     found = methods(task)
     found |= {f"plugin:{name}": apply_saved(task, fitted) for name, fitted in saved.items()}
-    areas = {name: _areas(task, method, _matched) for name, method in found.items()}
-    transferred = {name: _areas(task, method, _transferred) for name, method in found.items()}
+    matched = {name: _matched(task, method) for name, method in found.items()}
+    transfer = {name: _transferred(task, method) for name, method in found.items()}
+    areas = {name: _areas(task, curve) for name, curve in matched.items()}
     trials = [areas, *(_trial(task, number) for number in range(1, task.settings.eval.trials))]
     samples = _resampled(task, found)
     described = {}
@@ -98,14 +99,13 @@ def compare(task: Task, saved: Mapping[str, Fitted]) -> dict[str, Any]:
                 if name == "chow"
                 else areas[name][kind].normalised - areas["chow"][kind].normalised,
                 **_over_trials([trial[name][kind] for trial in trials if name in trial]),
-                "transfer": transferred[name][kind].normalised,
+                "transfer": _areas(task, transfer[name])[kind].normalised,
             }
             for column, kind in enumerate(("balanced", "worst"))
         }
-        matched, transfer = _matched(task, method), _transferred(task, method)
         described[name] = {
             "aurc": summary,
-            "curve": {"matched": _plain(matched), "transfer": _plain(transfer)},
+            "curve": {"matched": _plain(matched[name]), "transfer": _plain(transfer[name])},
             "rules": method.rules,
         }
     return {"methods": described, "costs": _at_costs(task, found)}
@@ -128,10 +128,10 @@ def methods(task: Task) -> dict[str, Rejector]:
         parts = (outputs.val_logits, outputs.test_logits)
         return _Pair(*(posteriors(part, counts, taus, prior, kind, shares) for part in parts))
 
-    ensemble = both(uniform)
+    chow = _chow(task, both(uniform))
     found = {
-        "balpoe": _chow(task, ensemble)._replace(rejects=False),
-        "chow": _chow(task, ensemble),
+        "balpoe": chow._replace(rejects=False),
+        "chow": chow,
         "chow_ce": _chow(task, both(train)),
     }
     fitted = {"plugin_single": both(task.prior, single)}
@@ -223,10 +223,7 @@ def _curve(task: Task, method: Rejector, rejected: Tensor) -> curves.Curve:
     return curves.curve(rejected, wrong, task.group, task.weights, len(task.groups.names))
 
 
-def _areas(
-    task: Task, method: Rejector, measure: Callable[[Task, Rejector], curves.Curve]
-) -> dict[str, curves.Area]:
-    found = measure(task, method)
+def _areas(task: Task, found: curves.Curve) -> dict[str, curves.Area]:
     return {
         "balanced": curves.area(task.rates, found.balanced_error),
         "worst": curves.area(task.rates, found.worst_error),
@@ -238,7 +235,7 @@ def _trial(task: Task, number: int) -> Areas:
     log.info("rejection: division %d of %d", number + 1, task.settings.eval.trials)
     seed = task.seed + number
     own = task._replace(outputs=redivided(task.outputs, seed), seed=seed)
-    return {name: _areas(own, method, _matched) for name, method in methods(own).items()}
+    return {name: _areas(own, _matched(own, method)) for name, method in methods(own).items()}
 
 
 def redivided(outputs: Outputs, seed: int) -> Outputs:

@@ -5,7 +5,6 @@ sidecar says how to rebuild the model and carries the checksum.
 """
 
 import io
-import json
 import sys
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from moectl.engine.errors import UserError
-from moectl.engine.files import sha256, write_bytes, write_json
+from moectl.engine.files import read_json, sha256, write_bytes, write_json
 
 
 @dataclass(frozen=True)
@@ -136,10 +135,7 @@ def _sidecar(path: Path) -> dict[str, Any]:
     sidecar = path.with_name(f"{path.name}.json")
     if not sidecar.exists():
         return {}
-    try:
-        facts = json.loads(sidecar.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{sidecar}: not valid JSON ({error})") from None
+    facts = read_json(sidecar)
     if not isinstance(facts, dict) or "sha256" not in facts:
         raise UserError(f"{sidecar}: has no checksum of {path.name}")
     return facts

@@ -94,7 +94,8 @@ def command(  # noqa: PLR0913 - what a command is made of
         def run_command(**values: Any) -> None:
             common = {name: values[name] for name in COMMON & set(values)}
             values = {name: values[name] for name in values if name in own or name not in common}
-            common["run"] = _reference(common, [values.get(name) for name in standalone])
+            others = [values.get(name) for name in standalone]
+            common["run"] = "" if train else _reference(common, others)
             given = {key: values.pop(python_name(key)) for key in flags}
             given = {key: value for key, value in given.items() if value is not None}
             console.setup(quiet=common["quiet"], as_json=common["json"])
@@ -156,7 +157,7 @@ def _request(
         raise UserError(
             "--resume and --out exclude each other", "--resume REF already names the folder"
         )
-    if not train and common["run"]:
+    if common["run"]:
         folder = _read(room, common["run"])
     stored = [folder / "settings.toml"] if folder else []
     settings, origin = resolve(cls, given, common["set"], [*stored, *files])
@@ -175,7 +176,7 @@ def _request(
         out=common.get("out"),
         resume=resume,
         folder=folder,
-        run="" if train else common["run"],
+        run=common["run"],
     )
 
 

@@ -1,10 +1,15 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and how tables and JSON are read and written."""
 
+import csv
 import hashlib
+import io
 import json
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from moectl.engine.errors import UserError
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -30,6 +35,32 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, document: Any) -> None:
     """Write a JSON document, whole or not at all; NaN is refused, for JSON has none."""
     write_text(path, json.dumps(document, indent=2, allow_nan=False) + "\n")
+
+
+def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Write rows as CSV; the columns are all names in the order in which they first occur."""
+    text = io.StringIO(newline="")
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file that somebody else wrote.
+
+    Raises:
+        UserError: if it is missing, not UTF-8 or not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from None
 
 
 def sync_folder(folder: Path) -> None:

@@ -289,7 +289,7 @@ def test_a_saved_plugin_without_a_rule_for_a_rate_is_refused(tmp_path: Path) -> 
     found = classifier(tmp_path)
     save_plugin(found, settings_of())
     message = refused(found, settings_of("plugin.rates=[0.0,0.5]"))
-    assert "plug-in mine: has no rule for the rejection rate 0.5" in message
+    assert "plug-in mine: rate 0.5 is not among the fitted ones" in message
 
 
 def test_a_plugin_that_was_asked_for_must_be_there(tmp_path: Path) -> None:

@@ -292,6 +292,7 @@ def test_damage_is_refused(document: Any) -> None:
         DOCUMENT | {"posterior": "single:3"},
         DOCUMENT | {"checkpoint": None},
         DOCUMENT | {"checkpoint": {}},
+        DOCUMENT | {"checkpoint": {**DOCUMENT["checkpoint"], "file": "../../other.pth"}},
         DOCUMENT | {"config": None},
         DOCUMENT | {"config": []},
         DOCUMENT | {"config": {}},

@@ -16,7 +16,6 @@ from moectl.balpoe.inference import LOGITS
 from moectl.balpoe.logits import Outputs, read_outputs, write_outputs
 from moectl.balpoe.plugin import fit, method_of
 from moectl.balpoe.settings import BalpoeSettings, PluginSection
-from moectl.cli import _run
 from moectl.engine import plot
 from moectl.engine.errors import UserError
 from moectl.engine.files import sha256, write_json, write_text
@@ -244,15 +243,6 @@ Call = Callable[..., Outcome]
 BASE = ("--rates", "0.1;0.3", "--quiet")
 
 
-@pytest.fixture
-def moectl(capsys: pytest.CaptureFixture[str]) -> Call:
-    def call(*words: str) -> Outcome:
-        code = _run(["balpoe", *words])
-        return code, *capsys.readouterr()
-
-    return call
-
-
 def file_of(path: str = "outputs.npz", **changes: Any) -> str:
     """Write logits of all items; None leaves an array out."""
     logits, labels = sample()
@@ -279,8 +269,8 @@ def run() -> Path:
 
 
 @pytest.mark.parametrize("option", ["--run", "--experts-dir", "--experts_dir"])
-def test_a_plugin_of_a_run_is_kept_in_it(moectl: Call, run: Path, option: str) -> None:
-    code, out, err = moectl("plugin", option, "made", "--rates", "0.1;0.3")
+def test_a_plugin_of_a_run_is_kept_in_it(balpoe: Call, run: Path, option: str) -> None:
+    code, out, err = balpoe("plugin", option, "made", "--rates", "0.1;0.3")
     assert code == 0
     assert [line.partition(":")[0] for line in err.splitlines()] == ["rate 0.1", "rate 0.3"]
     assert out == f"made/plugins/plugin/{FILE}\n"
@@ -292,48 +282,48 @@ def test_a_plugin_of_a_run_is_kept_in_it(moectl: Call, run: Path, option: str) -
     assert torch.equal(read_plugin(Path(out.strip())).plugin.alpha, expected.alpha)
 
 
-def test_the_result_as_json_is_the_document(moectl: Call, run: Path) -> None:
-    code, out, _ = moectl("plugin", "--run", "made", "--json", *BASE)
+def test_the_result_as_json_is_the_document(balpoe: Call, run: Path) -> None:
+    code, out, _ = balpoe("plugin", "--run", "made", "--json", *BASE)
     assert code == 0
     document = json.loads(out)
     place = document.pop("file")
     assert document == document_of(place)
 
 
-def test_the_same_fit_again_is_the_same_file(moectl: Call, run: Path) -> None:
-    place = Path(moectl("plugin", "--run", "made", *BASE)[1].strip())
+def test_the_same_fit_again_is_the_same_file(balpoe: Call, run: Path) -> None:
+    place = Path(balpoe("plugin", "--run", "made", *BASE)[1].strip())
     before = place.read_bytes()
     for words in (BASE, (*BASE, "--logits", f"made/{LOGITS}")):
-        assert moectl("plugin", "--run", "made", *words)[1].strip() == str(place)
+        assert balpoe("plugin", "--run", "made", *words)[1].strip() == str(place)
         assert place.read_bytes() == before
     assert len(list(run.glob("plugins/*"))) == 1
 
 
-def test_another_fit_of_the_same_name_gets_a_number(moectl: Call, run: Path) -> None:
+def test_another_fit_of_the_same_name_gets_a_number(balpoe: Call, run: Path) -> None:
     name = ("--run", "made", "--name", "moe")
-    first = Path(moectl("plugin", *name, *BASE)[1].strip())
+    first = Path(balpoe("plugin", *name, *BASE)[1].strip())
     before = first.read_bytes()
-    second = moectl("plugin", *name, *BASE, "--objective", "worst")[1].strip()
-    third = moectl("plugin", *name, *BASE, "--label-prior", "uniform")[1].strip()
-    again = moectl("plugin", *name, *BASE, "--objective", "worst")[1].strip()
+    second = balpoe("plugin", *name, *BASE, "--objective", "worst")[1].strip()
+    third = balpoe("plugin", *name, *BASE, "--label-prior", "uniform")[1].strip()
+    again = balpoe("plugin", *name, *BASE, "--objective", "worst")[1].strip()
     places = [Path(place).parent.name for place in (first, second, third, again)]
     assert places == ["moe", "moe-2", "moe-3", "moe-2"]
     assert first.read_bytes() == before
     assert document_of(second)["objective"] == "worst"
 
 
-def test_other_contents_of_a_groups_file_are_another_fit(moectl: Call, run: Path) -> None:
+def test_other_contents_of_a_groups_file_are_another_fit(balpoe: Call, run: Path) -> None:
     words = ("plugin", "--run", "made", "--groups", "g.json", *BASE)
     write_json(Path("g.json"), {"one": [0, 1, 2], "two": [3, 4, 5]})
-    first = moectl(*words)[1]
+    first = balpoe(*words)[1]
     write_json(Path("g.json"), {"one": [0, 2, 4], "two": [1, 3, 5]})
-    assert moectl(*words)[1] != first
+    assert balpoe(*words)[1] != first
 
 
-def test_logits_of_any_classifier_become_a_run(moectl: Call) -> None:
+def test_logits_of_any_classifier_become_a_run(balpoe: Call) -> None:
     path = file_of()
     digest = sha256(Path(path).read_bytes())
-    code, out, _ = moectl("plugin", "--logits", path, *BASE, "--name", "theirs")
+    code, out, _ = balpoe("plugin", "--logits", path, *BASE, "--name", "theirs")
     assert code == 0
     folder = Path(out.strip()).parents[2]
     assert folder.parent == Path("runs/balpoe")
@@ -350,49 +340,49 @@ def test_logits_of_any_classifier_become_a_run(moectl: Call) -> None:
 
 
 def test_a_run_of_logits_is_a_run_like_others(
-    moectl: Call, monkeypatch: pytest.MonkeyPatch
+    balpoe: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(plot, "_save", lambda _, path: path.write_bytes(b""))
-    first = moectl("plugin", "--logits", file_of(), "--out", "theirs", *BASE)[1].strip()
+    first = balpoe("plugin", "--logits", file_of(), "--out", "theirs", *BASE)[1].strip()
     assert first == f"theirs/plugins/plugin/{FILE}"
     before = document_of(first)
-    assert moectl("plugin", "--run", "theirs", *BASE)[:2] == (0, f"{first}\n")
+    assert balpoe("plugin", "--run", "theirs", *BASE)[:2] == (0, f"{first}\n")
     assert document_of(first) == before
-    code, out, _ = moectl("eval", "--run", "theirs", "--no-rejection", "--json", "--quiet")
+    code, out, _ = balpoe("eval", "--run", "theirs", "--no-rejection", "--json", "--quiet")
     found = json.loads(out)
     assert (code, found["weights"], found["images"]) == (0, before["checkpoint"], 192)
     assert Path("theirs/evals/test@logits.json").is_file()
-    code, out, _ = moectl("reject", "--run", "theirs", "--target-rate", "0.3", "--quiet")
+    code, out, _ = balpoe("reject", "--run", "theirs", "--target-rate", "0.3", "--quiet")
     assert code == 0
     assert len(out.splitlines()) == 192
 
 
-def test_logits_may_be_probabilities_of_one_classifier(moectl: Call) -> None:
+def test_logits_may_be_probabilities_of_one_classifier(balpoe: Call) -> None:
     logits, _ = sample()
     exact = np.exp(logits[:, 0] - logits[:, 0].max(1, keepdims=True))
     exact /= exact.sum(1, keepdims=True)
     one = file_of("one.npz", logits=logits[:, 0], taus=None)
     two = file_of("two.npz", logits=None, posteriors=exact, taus=None)
     fits = [
-        document_of(moectl("plugin", "--logits", path, *BASE)[1].strip()) for path in (one, two)
+        document_of(balpoe("plugin", "--logits", path, *BASE)[1].strip()) for path in (one, two)
     ]
     for left, right in zip(*(document["points"] for document in fits), strict=True):
         assert left["alpha"] == pytest.approx(right["alpha"], rel=1e-4)
         assert left["group_errors"] == pytest.approx(right["group_errors"])
 
 
-def test_the_division_of_a_file_follows_the_settings(moectl: Call) -> None:
+def test_the_division_of_a_file_follows_the_settings(balpoe: Call) -> None:
     words = ("--set", "data.val_fraction=0.5", "--set", "train.seed=4")
-    out = moectl("plugin", "--logits", file_of(), *BASE, *words)[1].strip()
+    out = balpoe("plugin", "--logits", file_of(), *BASE, *words)[1].strip()
     kept = read_outputs(Path(out).parents[2] / LOGITS, 0.2, 1)
     given = read_outputs(Path("outputs.npz"), 0.5, 4)
     assert kept.val_indices == given.val_indices
     assert document_of(out)["config"]["seed"] == 4
 
 
-def test_the_settings_of_a_run_of_logits_describe_the_classifier(moectl: Call) -> None:
+def test_the_settings_of_a_run_of_logits_describe_the_classifier(balpoe: Call) -> None:
     arrays: dict[str, Any] = {"logits": sample((0.0, 1.5))[0], "taus": (0.0, 1.5)}
-    moectl("plugin", "--logits", file_of(**arrays), "--out", "theirs", *BASE)
+    balpoe("plugin", "--logits", file_of(**arrays), "--out", "theirs", *BASE)
     settings = from_toml(BalpoeSettings, Path("theirs/settings.toml"))
     assert (settings.model.experts, settings.taus) == (2, (0.0, 1.5))
     assert settings.plugin.rates == (0.1, 0.3)

@@ -68,17 +68,8 @@ def theirs(home: Path, isolated: Path) -> Path:
     return Path(shutil.copytree(home / "theirs", "theirs"))
 
 
-@pytest.fixture
-def moectl(capsys: pytest.CaptureFixture[str]) -> Call:
-    def call(*words: str) -> Outcome:
-        code = _run(["balpoe", *words])
-        return code, *capsys.readouterr()
-
-    return call
-
-
-def judged(moectl: Call, *words: str) -> list[dict[str, Any]]:
-    code, out, err = moectl("reject", *words, "--quiet")
+def judged(balpoe: Call, *words: str) -> list[dict[str, Any]]:
+    code, out, err = balpoe("reject", *words, "--quiet")
     assert code == 0, err
     return [json.loads(line) for line in out.splitlines()]
 
@@ -115,10 +106,10 @@ def plugin_of(run: Path, name: str = "moe") -> Path:
     ],
 )
 def test_rows_are_what_the_rule_says(
-    moectl: Call, theirs: Path, kind: str, words: tuple[str, ...], point: dict[str, float]
+    balpoe: Call, theirs: Path, kind: str, words: tuple[str, ...], point: dict[str, float]
 ) -> None:
     save_file({"logits": NEW}, "new.safetensors")
-    rows = judged(moectl, "--run", "theirs", "--logits", f"new.{kind}", *words)
+    rows = judged(balpoe, "--run", "theirs", "--logits", f"new.{kind}", *words)
     fitted = read_plugin(plugin_of(theirs))
     expected = fitted.plugin.predict(fitted.posteriors(torch.from_numpy(NEW)), **point)
     assert [list(row) for row in rows] == [COLUMNS] * 60
@@ -130,8 +121,8 @@ def test_rows_are_what_the_rule_says(
     assert 0 < sum(row["reject"] for row in rows) < 60
 
 
-def test_without_items_the_test_items_of_the_run_are_judged(moectl: Call, theirs: Path) -> None:
-    rows = judged(moectl, "--run", "theirs", "--target-rate", "0.3")
+def test_without_items_the_test_items_of_the_run_are_judged(balpoe: Call, theirs: Path) -> None:
+    rows = judged(balpoe, "--run", "theirs", "--target-rate", "0.3")
     outputs = read_outputs(theirs / LOGITS, 0.5, 0)
     assert [row["item"] for row in rows] == [str(index) for index in outputs.test_indices]
     truth = outputs.test_labels.tolist()
@@ -140,19 +131,19 @@ def test_without_items_the_test_items_of_the_run_are_judged(moectl: Call, theirs
     assert np.mean(refusals) > 1.2 * np.mean(wrong), "what is wrong is rejected sooner"
 
 
-def test_csv_and_json_are_the_same_rows(moectl: Call, theirs: Path) -> None:
+def test_csv_and_json_are_the_same_rows(balpoe: Call, theirs: Path) -> None:
     words = ("reject", "--run", "theirs", "--logits", "new.npz", "--cost", "0.2", "--quiet")
-    lines = [json.loads(line) for line in moectl(*words)[1].splitlines()]
-    assert json.loads(moectl(*words, "--json")[1]) == lines
-    table = list(csv.DictReader(moectl(*words, "--format", "csv")[1].splitlines()))
+    lines = [json.loads(line) for line in balpoe(*words)[1].splitlines()]
+    assert json.loads(balpoe(*words, "--json")[1]) == lines
+    table = list(csv.DictReader(balpoe(*words, "--format", "csv")[1].splitlines()))
     assert table == [{name: str(value) for name, value in row.items()} for row in lines]
 
 
-def test_names_with_commas_survive_csv(moectl: Call) -> None:
+def test_names_with_commas_survive_csv(balpoe: Call) -> None:
     names = np.array(['a, "b"', "c\nd", "ü", "", "=1"])
     np.savez("held.npz", **HELD, class_names=names)
-    moectl("plugin", "--logits", "held.npz", "--out", "odd", "--rates", "0.2", "--quiet")
-    _, out, _ = moectl("reject", "--run", "odd", "--format", "csv", "--quiet")
+    balpoe("plugin", "--logits", "held.npz", "--out", "odd", "--rates", "0.2", "--quiet")
+    _, out, _ = balpoe("reject", "--run", "odd", "--format", "csv", "--quiet")
     found = {row["class"] for row in csv.DictReader(out.splitlines(keepends=True))}
     assert found == set(names.tolist())
 
@@ -160,18 +151,18 @@ def test_names_with_commas_survive_csv(moectl: Call) -> None:
 # Operating points
 
 
-def test_the_only_point_needs_no_name(moectl: Call, theirs: Path) -> None:
-    moectl("plugin", *ALONE, "0.3", "--name", "one")
-    one = judged(moectl, "--run", "theirs", "--plugin", "one")
-    assert one == judged(moectl, "--run", "theirs", "--plugin", "moe", "--target-rate", "0.3")
+def test_the_only_point_needs_no_name(balpoe: Call, theirs: Path) -> None:
+    balpoe("plugin", *ALONE, "0.3", "--name", "one")
+    one = judged(balpoe, "--run", "theirs", "--plugin", "one")
+    assert one == judged(balpoe, "--run", "theirs", "--plugin", "moe", "--target-rate", "0.3")
 
 
 @pytest.mark.parametrize("prior", ["train", "uniform"])
 def test_the_rejected_share_of_the_fitting_items_is_the_target(
-    moectl: Call, theirs: Path, prior: str
+    balpoe: Call, theirs: Path, prior: str
 ) -> None:
     words = ("--rates", "0.1;0.35", "--label-prior", prior, "--name", "own", "--quiet")
-    moectl("plugin", "--run", "theirs", *words)
+    balpoe("plugin", "--run", "theirs", *words)
     outputs = read_outputs(theirs / LOGITS, 0.5, 0)
     np.savez("fitting.npz", logits=outputs.val_logits.numpy())
     own = read_plugin(plugin_of(theirs, "own"))
@@ -179,7 +170,7 @@ def test_the_rejected_share_of_the_fitting_items_is_the_target(
     weights /= weights.sum()
     for rate in (0.1, 0.35):
         chosen = ("--plugin", "own", "--target-rate", str(rate))
-        rows = judged(moectl, "--run", "theirs", "--logits", "fitting.npz", *chosen)
+        rows = judged(balpoe, "--run", "theirs", "--logits", "fitting.npz", *chosen)
         share = float(weights @ torch.tensor([row["reject"] for row in rows]).double())
         assert rate - float(weights.max()) < share <= rate + 1e-9
 
@@ -187,24 +178,24 @@ def test_the_rejected_share_of_the_fitting_items_is_the_target(
 # Which plug-in, which items
 
 
-def test_the_newest_plugin_is_applied(moectl: Call, theirs: Path) -> None:
-    moectl("plugin", *ALONE, "0.25", "--name", "newer")
-    rows = judged(moectl, "--run", "theirs", "--target-rate", "0.25")
-    assert rows == judged(moectl, "--run", "theirs", "--plugin", "newer")
+def test_the_newest_plugin_is_applied(balpoe: Call, theirs: Path) -> None:
+    balpoe("plugin", *ALONE, "0.25", "--name", "newer")
+    rows = judged(balpoe, "--run", "theirs", "--target-rate", "0.25")
+    assert rows == judged(balpoe, "--run", "theirs", "--plugin", "newer")
 
 
-def test_a_name_is_looked_for_in_the_newest_run(moectl: Call) -> None:
+def test_a_name_is_looked_for_in_the_newest_run(balpoe: Call) -> None:
     np.savez("held.npz", **HELD)
-    moectl("plugin", "--logits", "held.npz", "--name", "moe", "--rates", "0.2", "--quiet")
-    assert judged(moectl, "--plugin", "moe") == judged(moectl, "--run", "latest")
+    balpoe("plugin", "--logits", "held.npz", "--name", "moe", "--rates", "0.2", "--quiet")
+    assert judged(balpoe, "--plugin", "moe") == judged(balpoe, "--run", "latest")
 
 
-def test_a_plugin_outside_a_run_judges_logits(moectl: Call, theirs: Path) -> None:
+def test_a_plugin_outside_a_run_judges_logits(balpoe: Call, theirs: Path) -> None:
     words = ("--logits", "new.npz", "--cost", "0.2")
-    inside = judged(moectl, "--run", "theirs", *words)
+    inside = judged(balpoe, "--run", "theirs", *words)
     shutil.copy(plugin_of(theirs), "alone.json")
     shutil.rmtree("theirs")
-    assert judged(moectl, "--plugin", "alone.json", *words) == inside
+    assert judged(balpoe, "--plugin", "alone.json", *words) == inside
 
 
 @pytest.mark.parametrize(
@@ -217,19 +208,19 @@ def test_a_plugin_outside_a_run_judges_logits(moectl: Call, theirs: Path) -> Non
     ],
 )
 def test_a_plugin_outside_a_run_needs_logits_and_its_prior(
-    moectl: Call, theirs: Path, words: tuple[str, ...]
+    balpoe: Call, theirs: Path, words: tuple[str, ...]
 ) -> None:
     shutil.copy(plugin_of(theirs), "alone.json")
-    outcome = moectl("reject", "--plugin", "alone.json", "--cost", "0.2", *words)
+    outcome = balpoe("reject", "--plugin", "alone.json", "--cost", "0.2", *words)
     assert "alone.json: lies outside a run folder" in refused(outcome)
     assert "--logits" in outcome[2]
 
 
-def test_logits_of_the_same_or_unknown_weights_are_judged(moectl: Call, theirs: Path) -> None:
+def test_logits_of_the_same_or_unknown_weights_are_judged(balpoe: Call, theirs: Path) -> None:
     own = read_plugin(plugin_of(theirs)).weights["sha256"]
     np.savez("own.npz", logits=NEW, weights=np.array(own))
     words = ("--run", "theirs", "--cost", "0.2", "--logits")
-    assert judged(moectl, *words, "own.npz") == judged(moectl, *words, "new.npz")
+    assert judged(balpoe, *words, "own.npz") == judged(balpoe, *words, "new.npz")
 
 
 # Other label priors
@@ -238,7 +229,7 @@ def test_logits_of_the_same_or_unknown_weights_are_judged(moectl: Call, theirs: 
 @pytest.mark.parametrize("prior", ["uniform", "train", "shares.txt", "shares.json"])
 @pytest.mark.parametrize("objective", ["balanced", "worst"])
 def test_a_test_prior_is_a_fit_with_that_prior(
-    moectl: Call, theirs: Path, prior: str, objective: str
+    balpoe: Call, theirs: Path, prior: str, objective: str
 ) -> None:
     Path("shares.txt").write_text("1\n1\n2\n4\n8\n")
     Path("shares.json").write_text("[3, 1, 1, 1, 3]")
@@ -246,32 +237,32 @@ def test_a_test_prior_is_a_fit_with_that_prior(
     few = ("--set", "plugin.rounds=3")
     words = ("--run", "theirs", *POINTS, "--objective", objective, *few, "--quiet")
     for name, kind in (("one", start), ("two", prior)):
-        assert moectl("plugin", *words, "--name", name, "--label-prior", kind)[0] == 0
+        assert balpoe("plugin", *words, "--name", name, "--label-prior", kind)[0] == 0
     for point in (("--target-rate", "0.3"), ("--cost", "0.2")):
         chosen = ("--run", "theirs", "--logits", "new.npz", *point)
-        one = judged(moectl, *chosen, "--plugin", "one", "--test-prior", prior)
-        assert one == judged(moectl, *chosen, "--plugin", "two")
-        assert one != judged(moectl, *chosen, "--plugin", "one")
+        one = judged(balpoe, *chosen, "--plugin", "one", "--test-prior", prior)
+        assert one == judged(balpoe, *chosen, "--plugin", "two")
+        assert one != judged(balpoe, *chosen, "--plugin", "one")
 
 
-def test_a_test_prior_keeps_groups_and_weights_of_the_fit(moectl: Call, theirs: Path) -> None:
+def test_a_test_prior_keeps_groups_and_weights_of_the_fit(balpoe: Call, theirs: Path) -> None:
     Path("groups.json").write_text('{"one": ["ant", "eel"], "two": ["bee", "cat", "dog"]}')
     words = (*ALONE, "0.2", "--expert-weights", "1;4", "--groups", "groups.json")
-    moectl("plugin", *words, "--name", "one")
-    moectl("plugin", *words, "--name", "two", "--label-prior", "uniform")
+    balpoe("plugin", *words, "--name", "one")
+    balpoe("plugin", *words, "--name", "two", "--label-prior", "uniform")
     Path("groups.json").unlink()
-    one = judged(moectl, "--run", "theirs", "--plugin", "one", "--test-prior", "uniform")
-    assert one == judged(moectl, "--run", "theirs", "--plugin", "two")
+    one = judged(balpoe, "--run", "theirs", "--plugin", "one", "--test-prior", "uniform")
+    assert one == judged(balpoe, "--run", "theirs", "--plugin", "two")
 
 
 def test_an_estimated_prior_is_closer_to_the_truth_than_the_training_prior(
-    moectl: Call, theirs: Path
+    balpoe: Call, theirs: Path
 ) -> None:
     truth = np.array(COUNTS[::-1]) / sum(COUNTS)
     labels = np.repeat(np.arange(5), COUNTS[::-1])
     np.savez("shifted.npz", logits=classify(labels, 3))
     words = ("--run", "theirs", "--logits", "shifted.npz", "--target-rate", "0.1")
-    code, out, err = moectl("reject", *words, "--test-prior", "em")
+    code, out, err = balpoe("reject", *words, "--test-prior", "em")
     assert code == 0
     line = next(line for line in err.splitlines() if line.startswith("estimated label prior"))
     told = dict(re.findall(r"(\w+) (\d\.\d+)", line))
@@ -279,7 +270,7 @@ def test_an_estimated_prior_is_closer_to_the_truth_than_the_training_prior(
     train = np.array(COUNTS) / sum(COUNTS)
     assert np.abs(estimate - truth).sum() < 0.5 * np.abs(train - truth).sum()
     adapted = [json.loads(row)["label"] for row in out.splitlines()]
-    plain = [row["label"] for row in judged(moectl, *words)]
+    plain = [row["label"] for row in judged(balpoe, *words)]
     assert (np.array(adapted) == labels).mean() >= (np.array(plain) == labels).mean()
 
 
@@ -318,10 +309,10 @@ def pictures(trained: Path) -> Path:
 
 
 def test_images_get_what_their_stored_logits_get(
-    moectl: Call, trained: Path, pictures: Path
+    balpoe: Call, trained: Path, pictures: Path
 ) -> None:
-    shown = judged(moectl, "--run", str(trained), "--images", "pictures")
-    stored = judged(moectl, "--run", str(trained))
+    shown = judged(balpoe, "--run", str(trained), "--images", "pictures")
+    stored = judged(balpoe, "--run", str(trained))
     assert [row["item"] for row in shown[:2]] == ["early/000.png", "early/001.png"]
     assert shown[-1]["item"] == "late/319.png"
     for name in ("label", "class", "reject"):
@@ -331,13 +322,13 @@ def test_images_get_what_their_stored_logits_get(
     assert 0 < sum(row["reject"] for row in shown) < 320
 
 
-def test_images_may_be_of_any_size_and_kind(moectl: Call, trained: Path) -> None:
+def test_images_may_be_of_any_size_and_kind(balpoe: Call, trained: Path) -> None:
     Path("mixed").mkdir()
     Image.new("L", (30, 20), 99).save("mixed/a.PNG")
     Image.new("RGBA", (8, 8), (1, 2, 3, 4)).save("mixed/b.webp")
     Image.new("RGB", (64, 64), (200, 0, 0)).save("mixed/c.jpeg")
     Path("mixed/readme.txt").write_text("no image")
-    rows = judged(moectl, "--plugin", str(plugin_of(trained, "plugin")), "--images", "mixed")
+    rows = judged(balpoe, "--plugin", str(plugin_of(trained, "plugin")), "--images", "mixed")
     assert [row["item"] for row in rows] == ["a.PNG", "b.webp", "c.jpeg"]
 
 
@@ -351,7 +342,7 @@ def test_images_may_be_of_any_size_and_kind(moectl: Call, trained: Path) -> None
     ],
 )
 def test_images_that_cannot_be_read_are_named(
-    moectl: Call, trained: Path, place: str, message: str
+    balpoe: Call, trained: Path, place: str, message: str
 ) -> None:
     Path("empty").mkdir()
     Path("empty/readme.txt").write_text("no image")
@@ -360,38 +351,38 @@ def test_images_that_cannot_be_read_are_named(
     data = Path("corrupt/a.png").read_bytes()
     Path("corrupt/b.png").write_bytes(data[: len(data) // 2])
     Path("file.png").write_bytes(data)
-    assert message in refused(moectl("reject", "--run", str(trained), "--images", place, "--quiet"))
+    assert message in refused(balpoe("reject", "--run", str(trained), "--images", place, "--quiet"))
 
 
-def test_weights_and_plugin_must_fit(moectl: Call, trained: Path) -> None:
+def test_weights_and_plugin_must_fit(balpoe: Call, trained: Path) -> None:
     other = Path(shutil.copytree(trained, "other"))
     path = plugin_of(other, "plugin")
     document = json.loads(path.read_text())
     document["checkpoint"]["sha256"] = "b" * 64
     path.write_text(json.dumps(document))
     Image.new("RGB", (8, 8)).save("other/a.png")
-    message = refused(moectl("reject", "--run", "other", "--images", "other", "--quiet"))
+    message = refused(balpoe("reject", "--run", "other", "--images", "other", "--quiet"))
     assert "the plug-in was fitted to bbbbbbbbbbbb" in message
-    assert "not there" in refused(moectl("reject", "--run", "other", "--quiet"))
+    assert "not there" in refused(balpoe("reject", "--run", "other", "--quiet"))
 
 
 @pytest.mark.parametrize("reference", ["best", "1"])
 def test_a_plugin_knows_the_weights_it_was_fitted_to(
-    moectl: Call, trained: Path, reference: str
+    balpoe: Call, trained: Path, reference: str
 ) -> None:
     run = Path(shutil.copytree(trained, "run"))
     shutil.rmtree(run / "plugins")
-    _, out, _ = moectl("plugin", "--run", f"run@{reference}", "--rates", "0.2", "--quiet")
+    _, out, _ = balpoe("plugin", "--run", f"run@{reference}", "--rates", "0.2", "--quiet")
     weights = read_plugin(Path(out.strip())).weights
     wanted = "model_best.pth" if reference == "best" else "checkpoint-epoch1.pth"
     assert weights["file"] == wanted
     record = json.loads((run / "run.json").read_text())
     entry = next(entry for entry in record["weights"] if entry["file"] == wanted)
     assert weights["sha256"] == entry["sha256"]
-    assert len(judged(moectl, "--run", "run")) == 320
+    assert len(judged(balpoe, "--run", "run")) == 320
 
 
-def test_other_logits_of_a_trained_run_are_refused(moectl: Call, trained: Path) -> None:
+def test_other_logits_of_a_trained_run_are_refused(balpoe: Call, trained: Path) -> None:
     np.savez("held.npz", **HELD, weights=np.array("b" * 64))
     words = ("plugin", "--run", str(trained), "--logits", "held.npz", "--quiet")
-    assert "the logits are of the weights bbbbbbbbbbbb" in refused(moectl(*words))
+    assert "the logits are of the weights bbbbbbbbbbbb" in refused(balpoe(*words))

@@ -78,44 +78,35 @@ def run(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return Path("run")
 
 
-@pytest.fixture
-def moectl(capsys: pytest.CaptureFixture[str]) -> Call:
-    def call(*words: str) -> tuple[int, str, str]:
-        code = _run(["balpoe", *words])
-        return code, *capsys.readouterr()
-
-    return call
-
-
 def kept(run: Path) -> Path:
     return next(run.glob("logits/*.safetensors"))
 
 
-def test_lists_edited_in_place_are_not_answered_from_kept_outputs(moectl: Call, run: Path) -> None:
-    assert moectl("plugin", "--run", "run", *FIT)[0] == 0
+def test_lists_edited_in_place_are_not_answered_from_kept_outputs(balpoe: Call, run: Path) -> None:
+    assert balpoe("plugin", "--run", "run", *FIT)[0] == 0
     lines = Path("test.txt").read_text().splitlines()
     rotated = [f"{line.split()[0]} {(int(line.split()[1]) + 1) % 4}\n" for line in lines]
     Path("test.txt").write_text("".join(rotated))
-    code, _, error = moectl("plugin", "--run", "run", *FIT)
+    code, _, error = balpoe("plugin", "--run", "run", *FIT)
     assert code == 2
     assert "the data is split otherwise now" in error
 
 
-def test_images_of_another_folder_are_looked_at(moectl: Call, run: Path) -> None:
-    assert moectl("plugin", "--run", "run", *FIT)[0] == 0
+def test_images_of_another_folder_are_looked_at(balpoe: Call, run: Path) -> None:
+    assert balpoe("plugin", "--run", "run", *FIT)[0] == 0
     before = read_outputs(kept(run)).test_logits
     shutil.copytree("images", "others")
     for path in Path("others").glob("test-*.png"):
         Image.new("RGB", (8, 8), "red").save(path)
-    assert moectl("plugin", "--run", "run", "--set", "data.root=others", *FIT)[0] == 0
+    assert balpoe("plugin", "--run", "run", "--set", "data.root=others", *FIT)[0] == 0
     assert not torch.equal(read_outputs(kept(run)).test_logits, before)
 
 
-def test_another_division_of_kept_outputs_is_refused(moectl: Call, run: Path) -> None:
-    assert moectl("plugin", "--run", "run", *FIT)[0] == 0
+def test_another_division_of_kept_outputs_is_refused(balpoe: Call, run: Path) -> None:
+    assert balpoe("plugin", "--run", "run", *FIT)[0] == 0
     split = json.loads((run / "split.json").read_text())
     (run / "split.json").write_text(json.dumps({"val": split["test"], "test": split["val"]}))
-    code, _, error = moectl("plugin", "--run", "run", *FIT)
+    code, _, error = balpoe("plugin", "--run", "run", *FIT)
     assert (code, "the data is split otherwise now" in error) == (2, True)
 
 
@@ -130,9 +121,9 @@ def test_another_division_of_kept_outputs_is_refused(moectl: Call, run: Path) ->
     ],
 )
 def test_given_outputs_must_be_those_of_the_run(
-    moectl: Call, run: Path, change: Any, words: str
+    balpoe: Call, run: Path, change: Any, words: str
 ) -> None:
-    assert moectl("plugin", "--run", "run", *FIT)[0] == 0
+    assert balpoe("plugin", "--run", "run", *FIT)[0] == 0
     own = read_outputs(kept(run))
     parts = ("logits", "labels", "indices")
     if change == "swap":
@@ -140,39 +131,39 @@ def test_given_outputs_must_be_those_of_the_run(
         change |= {f"test_{part}": getattr(own, f"val_{part}") for part in parts}
     write_outputs(Path("given.safetensors"), type(own)(**{**vars(own), **change}))
     given = ("--run", "run", "--logits", "given.safetensors", "--name", "given")
-    code, _, error = moectl("plugin", *given, *FIT)
+    code, _, error = balpoe("plugin", *given, *FIT)
     assert code == (2 if words else 0)
     assert words in error
 
 
-def test_given_outputs_need_neither_images_nor_a_forward_pass(moectl: Call, run: Path) -> None:
-    assert moectl("plugin", "--run", "run", *FIT)[0] == 0
+def test_given_outputs_need_neither_images_nor_a_forward_pass(balpoe: Call, run: Path) -> None:
+    assert balpoe("plugin", "--run", "run", *FIT)[0] == 0
     shutil.copy(kept(run), "given.safetensors")
     shutil.rmtree(run / "logits")
     shutil.rmtree("images")
     given = ("--run", "run", "--logits", "given.safetensors", "--name", "given")
-    assert moectl("plugin", *given, *FIT)[0] == 0
+    assert balpoe("plugin", *given, *FIT)[0] == 0
 
 
-def test_a_plugin_of_other_weights_of_the_run_is_not_taken(moectl: Call, run: Path) -> None:
-    assert moectl("plugin", "--run", "run@3", *FIT)[0] == 0
-    assert moectl("reject", "--run", "run@3", "-q")[0] == 0
+def test_a_plugin_of_other_weights_of_the_run_is_not_taken(balpoe: Call, run: Path) -> None:
+    assert balpoe("plugin", "--run", "run@3", *FIT)[0] == 0
+    assert balpoe("reject", "--run", "run@3", "-q")[0] == 0
     path = run / "plugins" / "plugin" / FILE
     document = json.loads(path.read_text())
     document["checkpoint"]["file"] = "model_best.pth"
     path.write_text(json.dumps(document))
-    code, _, error = moectl("reject", "--run", "run@3", "-q")
+    code, _, error = balpoe("reject", "--run", "run@3", "-q")
     assert (code, "no plug-in fitted to checkpoint-epoch3.pth" in error) == (2, True)
-    code, _, error = moectl("reject", "--run", "run@3", "--plugin", "plugin", "-q")
+    code, _, error = balpoe("reject", "--run", "run@3", "--plugin", "plugin", "-q")
     assert (code, "not fitted to checkpoint-epoch3.pth" in error) == (2, True)
 
 
 @pytest.mark.parametrize("shares", ["equal", ".15;.85", "1;2", "3;4"])
-def test_what_was_fitted_is_what_is_applied(moectl: Call, run: Path, shares: str) -> None:
+def test_what_was_fitted_is_what_is_applied(balpoe: Call, run: Path, shares: str) -> None:
     """To the last digit: a threshold is the score of a validation item."""
     rates = ",".join(str(step / 20) for step in range(1, 12))
     words = ("--rates", rates, "--expert-weights", shares, "--quiet")
-    _, out, _ = moectl("plugin", "--run", "run", *words)
+    _, out, _ = balpoe("plugin", "--run", "run", *words)
     fitted = read_plugin(Path(out.strip()))
     outputs = read_outputs(kept(run))
     scores, _ = fitted.plugin.judge(fitted.posteriors(outputs.val_logits))
@@ -182,26 +173,26 @@ def test_what_was_fitted_is_what_is_applied(moectl: Call, run: Path, shares: str
     torch.testing.assert_close(again, fitted.plugin.rejection, rtol=0, atol=1e-12)
 
 
-def test_test_labels_play_no_part_in_rules_and_scores(moectl: Call, run: Path) -> None:
-    assert moectl("plugin", "--run", "run", *FIT)[0] == 0
+def test_test_labels_play_no_part_in_rules_and_scores(balpoe: Call, run: Path) -> None:
+    assert balpoe("plugin", "--run", "run", *FIT)[0] == 0
     path = run / "plugins" / "plugin" / FILE
-    before, judged = path.read_bytes(), moectl("reject", "--run", "run", "-q")[1]
+    before, judged = path.read_bytes(), balpoe("reject", "--run", "run", "-q")[1]
     own = read_outputs(kept(run))
     labels = own.test_labels[torch.randperm(len(own.test_labels))]
     permuted = type(own)(**{**vars(own), "test_labels": labels})
     write_outputs(Path("given.safetensors"), permuted)
-    assert moectl("plugin", "--run", "run", "--logits", "given.safetensors", *FIT)[0] == 0
+    assert balpoe("plugin", "--run", "run", "--logits", "given.safetensors", *FIT)[0] == 0
     assert path.read_bytes() == before
     shutil.copy("given.safetensors", kept(run))
-    assert moectl("reject", "--run", "run", "-q")[1] == judged
+    assert balpoe("reject", "--run", "run", "-q")[1] == judged
 
 
-def test_a_plugin_to_be_measured_wants_a_measurement(moectl: Call, run: Path) -> None:
-    code, _, error = moectl("eval", "--run", "run", "--plugin", "x", "--no-rejection")
+def test_a_plugin_to_be_measured_wants_a_measurement(balpoe: Call, run: Path) -> None:
+    code, _, error = balpoe("eval", "--run", "run", "--plugin", "x", "--no-rejection")
     assert (code, "exclude each other" in error) == (2, True)
 
 
-def test_a_grid_without_candidates_is_refused(moectl: Call, run: Path) -> None:
+def test_a_grid_without_candidates_is_refused(balpoe: Call, run: Path) -> None:
     words = ("--mu-method", "grid", "--set", "plugin.lambdas=[]")
-    code, _, error = moectl("plugin", "--run", "run", *words)
+    code, _, error = balpoe("plugin", "--run", "run", *words)
     assert (code, "plugin.lambdas" in error) == (2, True)

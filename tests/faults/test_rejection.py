@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from moectl.balpoe.fitted import FILE
-from moectl.cli import _run
 
 ITEMS, CLASSES = 240, 6
 LABELS = np.arange(ITEMS) % CLASSES
@@ -30,12 +29,8 @@ Call = Callable[..., Outcome]
 
 
 @pytest.fixture
-def moectl(capsys: pytest.CaptureFixture[str]) -> Call:
-    def call(*words: str) -> Outcome:
-        code = _run(["balpoe", *words, "--quiet"])
-        return code, *capsys.readouterr()
-
-    return call
+def moectl(balpoe: Call) -> Call:
+    return lambda *words: balpoe(*words, "--quiet")
 
 
 def save(path: str, **changes: Any) -> str:
