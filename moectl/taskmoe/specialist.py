@@ -31,6 +31,7 @@ def train_specialist(settings: TaskmoeSettings, run: Run[TaskmoeSettings]) -> No
     seed_all(settings.train.seed, "init")
     classes = len(data.class_names)
     model = Specialist(classes, settings.model.width, settings.model.dropout_expert)
+    model = model.to(memory_format=torch.channels_last)
     optimizer = build_optimizer(settings.optim, model.parameters())
     schedule = build_schedule(settings.schedule, settings.optim.lr, settings.train.epochs)
     loop = run.loop(model, data.train, optimizer, schedule, MONITOR)

@@ -40,7 +40,7 @@ def train(settings: TaskmoeSettings, run: Run[TaskmoeSettings], start: Artefact 
         start: the merged weights to begin with; random ones if None.
     """
     data = load(settings.data, settings.train.seed)
-    model = build(settings, data)
+    model = build(settings, data).to(memory_format=torch.channels_last)
     if start is not None:
         model.load_state_dict(start.payload["model_state_dict"])
         run.note(parents=[{"path": str(start.path), "sha256": start.sha256}])
