@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moectl.balpoe import report_rejection
 from moectl.balpoe.published import (
@@ -22,6 +22,9 @@ from moectl.engine.report import duration, image, percent, table
 from moectl.engine.settings import dump, flatten
 from moectl.engine.toml import read_toml
 from moectl.engine.tracking import MetricsFile, loads_or_none
+
+if TYPE_CHECKING:
+    from moectl.engine.figure import Scale
 
 SHOTS = ("many", "medium", "few")
 
@@ -311,7 +314,7 @@ def _draw_training(evidence: Evidence, plots: Path) -> list[tuple[str, str]]:
     }
     balanced = {"val/balanced_accuracy": "balanced"}
     accuracies = balanced | {f"val/accuracy_{shot}": shot for shot in SHOTS}
-    charts: list[tuple[str, str, dict[str, str], str, plot.Scale]] = [
+    charts: list[tuple[str, str, dict[str, str], str, Scale]] = [
         ("loss.png", "Loss", losses, "loss", "plain"),
         ("accuracy.png", "Validation accuracy", accuracies, "accuracy", "percent"),
         ("learning_rate.png", "Learning rate", {"lr": "learning rate"}, "learning rate", "log"),

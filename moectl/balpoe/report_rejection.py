@@ -9,6 +9,7 @@ from typing import Any
 
 from moectl.balpoe.published import PublishedArea, area_departures, published_areas
 from moectl.engine import plot
+from moectl.engine.figure import PALETTE
 from moectl.engine.report import MISSING, percent, table
 
 Document = Mapping[str, Any]
@@ -324,7 +325,7 @@ def _looks(methods: Document) -> dict[str, int]:
     The rule for the worst group has the colour of its balanced sister, dashed; saved rules are
     dotted.
     """
-    size = len(plot.PALETTE)
+    size = len(PALETTE)
     looks = {name: number for number, name in enumerate(_COLOURED)}
     looks |= {f"{name}_worst": size + number for name, number in looks.items()}
     saved = [name for name in methods if name not in looks]

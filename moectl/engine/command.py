@@ -63,10 +63,11 @@ def command(  # noqa: PLR0913 - what a command is made of
     cls: type[Settings],
     sections: Sequence[str],
     *,
-    train: bool,
+    train: bool | None,
     size: Callable[[Any], dict[str, Any]] | None = None,
     dropped: dict[str, str] | None = None,
     run_alias: str = "",
+    reads: Sequence[str] = (),
     standalone: Sequence[str] = (),
 ) -> Callable[[Callable[..., Any]], Callable[..., None]]:
     """Turn `function(request, …)` into a Typer command with options for the flagged fields.
@@ -74,10 +75,12 @@ def command(  # noqa: PLR0913 - what a command is made of
     Args:
         cls: settings class of the system; its `env_prefix` names the system.
         sections: the tables whose flagged fields become options.
-        train: whether the command makes a run (`--name --out --resume`), or reads one (`--run`).
+        train: whether the command makes a run (`--name --out --resume`), or reads one (`--run`);
+            None if neither.
         size: returns the size of the job for `--dry-run`.
         dropped: options of the original programs that are gone, with what replaced them.
         run_alias: another name of `--run`, as an original program has it.
+        reads: commands whose runs `latest` may be; any if there are none.
         standalone: parameters of the function that may name a file to read in place of a run.
     """
     room = str(cls.model_config.get("env_prefix", "")).removeprefix("MOECTL_").strip("_").lower()
@@ -95,12 +98,13 @@ def command(  # noqa: PLR0913 - what a command is made of
             common = {name: values[name] for name in COMMON & set(values)}
             values = {name: values[name] for name in values if name in own or name not in common}
             others = [values.get(name) for name in standalone]
-            common["run"] = "" if train else _reference(common, others)
+            common["run"] = _reference(common, others) if train is False else ""
             given = {key: values.pop(python_name(key)) for key in flags}
             given = {key: value for key, value in given.items() if value is not None}
             console.setup(quiet=common["quiet"], as_json=common["json"])
             _warn(cls)
-            request = _request(cls, room, function.__name__.strip("_"), given, common, train)
+            verb = function.__name__.strip("_")
+            request = _request(cls, room, verb, given, common, reads)
             if common["dry_run"]:
                 _show(request, _size(size, request.settings))
             else:
@@ -146,7 +150,7 @@ def _request(
     verb: str,
     given: dict[str, Any],
     common: dict[str, Any],
-    train: bool,
+    reads: Sequence[str],
 ) -> Request:
     files = [presets.find(room, name).path for name in common["preset"]]
     default_name = "+".join(path.stem for path in files) or verb
@@ -158,10 +162,10 @@ def _request(
             "--resume and --out exclude each other", "--resume REF already names the folder"
         )
     if common["run"]:
-        folder = _read(room, common["run"])
+        folder = _read(room, common["run"], reads)
     stored = [folder / "settings.toml"] if folder else []
     settings, origin = resolve(cls, given, common["set"], [*stored, *files])
-    if folder and train:
+    if folder and resume:
         _refuse_changes(cls, folder, settings)
         _refuse_other_command(folder, verb)
         if origin.get("train.max_time") == "settings.toml":
@@ -180,7 +184,7 @@ def _request(
     )
 
 
-def _read(room: str, reference: str) -> Path:
+def _read(room: str, reference: str, reads: Sequence[str]) -> Path:
     from moectl.engine.references import find_run, split_reference
 
     path = Path(reference)
@@ -190,7 +194,7 @@ def _read(room: str, reference: str) -> Path:
                 f"{path}: lies outside a run folder", f"moectl {room} import makes a run of it"
             )
         return path.parent
-    return find_run(split_reference(reference)[0], room, status="finished")
+    return find_run(split_reference(reference)[0], room, "finished", reads)
 
 
 def _resumed(room: str, name: str, verb: str, resume: str) -> Path | None:

@@ -94,10 +94,12 @@ COMMON = frozenset(
 )
 
 
-def common_options(room: str, train: bool, run_alias: str = "") -> list[inspect.Parameter]:
+def common_options(room: str, train: bool | None, run_alias: str = "") -> list[inspect.Parameter]:
     """Return the options that every command of a system has, and those of its kind."""
     known, runs_of = _complete_presets(room), _complete_runs(room)
-    kind = _training_options(runs_of) if train else [_run_option(runs_of, run_alias)]
+    kind = _training_options(runs_of) if train else []
+    if train is False:
+        kind = [_run_option(runs_of, run_alias)]
     every = "Every setting with its origin and the size of the job; nothing is done."
     return [
         _option(list[str], [], "--preset", "-p", "Preset or TOML file; later ones win.", known),

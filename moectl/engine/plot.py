@@ -1,17 +1,23 @@
 """Plots as PNG files: thin helpers over matplotlib with one theme and no global state."""
 
-import io
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from moectl.engine.files import write_bytes
+from moectl.engine.figure import (
+    GRID,
+    INK,
+    PALETTE,
+    Scale,
+    name_axis,
+    new_axes,
+    new_figure,
+    write_png,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
     from matplotlib.legend import Legend
 
 Values = Sequence[float | None]
@@ -20,13 +26,7 @@ Values = Sequence[float | None]
 Curves = Mapping[str, tuple[Sequence[float], Values]]
 """Name of the curve to (x, y)."""
 
-Scale = Literal["plain", "percent", "log"]
-"""How an axis is written; `percent` is for fractions."""
-
-# Source: Okabe & Ito 2008, a palette that colour-blind readers can tell apart.
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#4D4D4D")
 _STYLES = ("-", "--", ":", "-.")
-_INK, _GRID = "#262626", "#E3E3E3"
 _PLAIN: dict[str, Any] = {"fontsize": 9, "frameon": False}  # legends
 _NAMED = 30  # more names than this on an axis could not be read
 _WRITTEN = 12  # a heat map with more classes than this has no room for numbers
@@ -51,11 +51,11 @@ def lines(
         y_label: beside the axes.
         scale: of the y axis.
     """
-    figure = _figure(6.4, 4.0)
-    axes = _axes(figure, (1, 1, 1), title=title, x_label=x_label, y_label=y_label, scale=scale)
+    figure = new_figure(6.4, 4.0)
+    axes = new_axes(figure, (1, 1, 1), title=title, x_label=x_label, y_label=y_label, scale=scale)
     drawn = _draw_lines(axes, series, {name: number for number, name in enumerate(series)})
     _legend(axes, list(drawn.values()), list(drawn))
-    _save(figure, path)
+    write_png(figure, path)
 
 
 def line_panels(
@@ -83,12 +83,12 @@ def line_panels(
     names = list(dict.fromkeys(name for curves in panels.values() for name in curves))
     looks = looks or {name: number for number, name in enumerate(names)}
     legend_rows = max(1, math.ceil(len(names) / 4))
-    figure = _figure(5.2 * columns, 3.4 * rows + 0.2 * legend_rows + 0.4)
+    figure = new_figure(5.2 * columns, 3.4 * rows + 0.2 * legend_rows + 0.4)
     figure.set_layout_engine("constrained", wspace=0.05)  # labels keep off the panel before
-    figure.suptitle(title, fontsize=12, color=_INK, parse_math=False)
+    figure.suptitle(title, fontsize=12, color=INK, parse_math=False)
     drawn: dict[str, Any] = {}
     for number, (label, curves) in enumerate(panels.items(), 1):
-        axes = _axes(
+        axes = new_axes(
             figure,
             (rows, columns, number),
             title="",
@@ -106,7 +106,7 @@ def line_panels(
         **_PLAIN,
     )
     _write_names(legend, names)
-    _save(figure, path)
+    write_png(figure, path)
 
 
 def _draw_lines(axes: "Axes", curves: Curves, looks: Mapping[str, int]) -> dict[str, Any]:
@@ -140,8 +140,8 @@ def bars(
     """Draw groups of bars: name of the group to name of the bar to its height."""
     names = list(dict.fromkeys(name for group in groups.values() for name in group))
     width = 0.8 / max(len(names), 1)
-    figure = _figure(max(6.4, 0.3 * len(groups) * len(names)), 4.0)
-    axes = _axes(figure, (1, 1, 1), title=title, x_label=x_label, y_label=y_label, scale=scale)
+    figure = new_figure(max(6.4, 0.3 * len(groups) * len(names)), 4.0)
+    axes = new_axes(figure, (1, 1, 1), title=title, x_label=x_label, y_label=y_label, scale=scale)
     drawn = [
         axes.bar(
             [place + (number - (len(names) - 1) / 2) * width for place in range(len(groups))],
@@ -154,9 +154,9 @@ def bars(
         for number, name in enumerate(names)
     ]
     axes.grid(visible=False, axis="x")
-    _name(axes, "x", list(groups))
+    name_axis(axes, "x", list(groups))
     _legend(axes, drawn, names)
-    _save(figure, path)
+    write_png(figure, path)
 
 
 def bar_panels(
@@ -178,10 +178,10 @@ def bar_panels(
         x_label: below the last panel.
         scales: label of the y axis to its scale; plain if not named.
     """
-    figure = _figure(min(12.8, max(6.4, 0.08 * len(names))), 2.2 * len(panels))
+    figure = new_figure(min(12.8, max(6.4, 0.08 * len(names))), 2.2 * len(panels))
     for number, (label, values) in enumerate(panels.items()):
         last = number == len(panels) - 1
-        axes = _axes(
+        axes = new_axes(
             figure,
             (len(panels), 1, number + 1),
             title=title if number == 0 else "",
@@ -193,8 +193,8 @@ def bar_panels(
         axes.set_xlim(-0.6, len(names) - 0.4)
         axes.grid(visible=False, axis="x")
         if len(names) <= _NAMED:
-            _name(axes, "x", names if last else [""] * len(names))
-    _save(figure, path)
+            name_axis(axes, "x", names if last else [""] * len(names))
+    write_png(figure, path)
 
 
 def heat_map(
@@ -219,8 +219,8 @@ def heat_map(
     from matplotlib.colors import PowerNorm
     from matplotlib.ticker import PercentFormatter
 
-    figure = _figure(6.4, 5.4)
-    axes = _axes(figure, (1, 1, 1), title=title, x_label=x_label, y_label=y_label)
+    figure = new_figure(6.4, 5.4)
+    axes = new_axes(figure, (1, 1, 1), title=title, x_label=x_label, y_label=y_label)
     axes.grid(visible=False)
     # The square root keeps small confusions visible beside a strong diagonal.
     image = axes.imshow(
@@ -231,20 +231,20 @@ def heat_map(
     )
     bar = figure.colorbar(image, ax=axes, format=PercentFormatter(1), shrink=0.85)
     bar.outline.set_visible(False)
-    bar.ax.tick_params(labelsize=9, color=_GRID)
+    bar.ax.tick_params(labelsize=9, color=GRID)
     if names and len(names) <= _NAMED:
-        _name(axes, "x", names)
-        _name(axes, "y", names)
+        name_axis(axes, "x", names)
+        name_axis(axes, "y", names)
     if len(values) <= _WRITTEN:
         _write_cells(axes, values)
-    _save(figure, path)
+    write_png(figure, path)
 
 
 def _write_cells(axes: "Axes", values: Sequence[Values]) -> None:
     for row, cells in enumerate(values):
         for column, value in enumerate(cells):
             if value is not None:
-                ink = "white" if value > 0.4 else _INK
+                ink = "white" if value > 0.4 else INK
                 text = f"{100 * value:.0f}"
                 axes.text(column, row, text, ha="center", va="center", fontsize=8, color=ink)
 
@@ -263,10 +263,10 @@ def reliability(
     """
     columns = min(4, max(len(panels), 1))
     rows = max(1, math.ceil(len(panels) / columns))
-    figure = _figure(max(4.0, 2.9 * columns), 3.1 * rows + 0.4)
-    figure.suptitle(title, fontsize=12, color=_INK, parse_math=False)
+    figure = new_figure(max(4.0, 2.9 * columns), 3.1 * rows + 0.4)
+    figure.suptitle(title, fontsize=12, color=INK, parse_math=False)
     for number, (name, bins) in enumerate(panels.items(), 1):
-        axes = _axes(
+        axes = new_axes(
             figure,
             (rows, columns, number),
             title=f"{name}: ECE {100 * _gap(bins):.1f} %",
@@ -276,7 +276,7 @@ def reliability(
         _draw_bins(axes, [entry for entry in bins if entry["accuracy"] is not None])
     drawn = figure.axes[0].get_legend_handles_labels() if panels else ([], [])
     figure.legend(*drawn, loc="outside lower center", ncols=3, **_PLAIN)
-    _save(figure, path)
+    write_png(figure, path)
 
 
 def _draw_bins(axes: "Axes", bins: Sequence[Mapping[str, Any]]) -> None:
@@ -296,72 +296,13 @@ def _draw_bins(axes: "Axes", bins: Sequence[Mapping[str, Any]]) -> None:
         edgecolor=PALETTE[1],
         label="gap to confidence",
     )
-    axes.plot([0, 1], [0, 1], color=_INK, linestyle="--", linewidth=1, label="calibrated")
+    axes.plot([0, 1], [0, 1], color=INK, linestyle="--", linewidth=1, label="calibrated")
     axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
 
 
 def _gap(bins: Sequence[Mapping[str, Any]]) -> float:
     filled = [entry for entry in bins if entry["accuracy"] is not None]
     return sum(entry["weight"] * abs(entry["accuracy"] - entry["confidence"]) for entry in filled)
-
-
-def _figure(width: float, height: float) -> "Figure":
-    """Return a figure of its own: pyplot would keep a global list and choose a window system."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=144, layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _axes(
-    figure: "Figure",
-    place: tuple[int, int, int],
-    *,
-    title: str,
-    x_label: str,
-    y_label: str,
-    scale: Scale = "plain",
-) -> "Axes":
-    axes = figure.add_subplot(*place)
-    # Names come from users and data sets: a dollar sign in them is not a formula.
-    axes.set_title(title, fontsize=12, color=_INK, loc="left", parse_math=False)
-    axes.set_xlabel(x_label, fontsize=10, color=_INK, parse_math=False)
-    axes.set_ylabel(y_label, fontsize=10, color=_INK, parse_math=False)
-    axes.tick_params(labelsize=9, color=_GRID, labelcolor=_INK)
-    axes.grid(visible=True, color=_GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(_GRID)
-    _scale(axes, scale)
-    return axes
-
-
-def _scale(axes: "Axes", scale: Scale) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator, PercentFormatter
-
-    if scale == "percent":
-        axes.yaxis.set_major_formatter(PercentFormatter(1))
-    elif scale == "log":
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.yaxis.set_minor_locator(NullLocator())
-
-
-def _name(axes: "Axes", axis: str, names: Sequence[str]) -> None:
-    slanted = axis == "x" and len(names) * max(map(len, names), default=0) > 50
-    axes.tick_params(axis=axis, length=0)  # type: ignore[arg-type]
-    side = axes.xaxis if axis == "x" else axes.yaxis
-    side.set_ticks(
-        range(len(names)),
-        list(names),
-        parse_math=False,
-        rotation=40 if slanted else 0,
-        ha="right" if slanted or axis == "y" else "center",
-        rotation_mode="anchor" if slanted else "default",
-    )
 
 
 def _legend(axes: "Axes", handles: Sequence[Any], names: Sequence[str]) -> None:
@@ -388,13 +329,3 @@ def _write_names(legend: "Legend", names: Sequence[str]) -> None:
 
 def _known(values: Values) -> list[float]:
     return [math.nan if value is None else value for value in values]
-
-
-def _save(figure: "Figure", path: Path) -> None:
-    buffer = io.BytesIO()
-    with warnings.catch_warnings():
-        # Class names may be in scripts that the font lacks; they are drawn as boxes.
-        warnings.filterwarnings("ignore", "Glyph", UserWarning)
-        # Without the version of the library in it, a file changes only when the picture does.
-        figure.savefig(buffer, format="png", metadata={"Software": None})
-    write_bytes(path, buffer.getvalue())

@@ -1,6 +1,7 @@
 """Finding runs by a short name: a path, `latest`, `NAME` or `ROOM/NAME`, with `@best|@last|@N`."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,16 @@ def split_reference(reference: str) -> tuple[str, str]:
     return (match[1], match[2]) if match else (reference, "")
 
 
-def find_run(reference: str, room: str | None = None, status: str = "") -> Path:
+def find_run(
+    reference: str, room: str | None = None, status: str = "", commands: Sequence[str] = ()
+) -> Path:
     """Return the folder of the run that a reference names.
 
     Args:
         reference: a path, `latest`, the beginning of a run's name, or `ROOM/NAME`.
         room: the system to look in, if the reference does not say.
         status: for `latest`, only runs in this status.
+        commands: for `latest`, only runs that one of these made; all if there are none.
 
     Raises:
         UserError: if there is no such run, or several.
@@ -52,10 +56,13 @@ def find_run(reference: str, room: str | None = None, status: str = "") -> Path:
     runs = all_runs(room)
     if reference == "latest":
         matching = [
-            folder for folder, record in runs if not status or record.get("status") == status
+            folder
+            for folder, record in runs
+            if (not status or record.get("status") == status)
+            and (not commands or record.get("command") in commands)
         ]
         if not matching:
-            kind = f"{status} run" if status else "run"
+            kind = " ".join(word for word in (status, " or ".join(commands), "run") if word)
             raise UserError(f"no {kind} of {room or 'any system'} under {runs_root()}")
         return matching[0]
     matching = [folder for folder, _ in runs if folder.name == reference]
