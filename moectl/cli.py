@@ -23,9 +23,15 @@ CONTENTS: dict[str, tuple[str, dict[str, str]]] = {
     "taskmoe": (
         "Specialist classifiers merged into one gated mixture.",
         {
+            "data": "Write the data files of task A or B, or check those of any task.",
             "specialist": "Train one of the specialists.",
             "merge": "Merge the specialists into one gated mixture.",
             "train": "Train the mixture.",
+            "eval": "Measure a trained mixture on the test images.",
+            "analyze": "Show what every expert and the gates do.",
+            "plot": "The same as analyze.",
+            "compare": "Compare the mixture with routing, merging and training baselines.",
+            "predict": "Classify images: class, probability and gates of each.",
         },
     ),
     "presets": (

@@ -67,7 +67,7 @@ _Plugin = typer.Option(
     ("plugin",),
     train=False,
     dropped=_STAGES,
-    run_alias="--experts-dir",
+    alias="--experts-dir",
     standalone=("logits",),
 )
 def plugin(
@@ -94,7 +94,7 @@ def plugin(
     (),
     train=False,
     dropped=_STAGES,
-    run_alias="--experts-dir",
+    alias="--experts-dir",
     standalone=("plugin_file",),
 )
 def reject(  # noqa: PLR0913 - the options of a command
@@ -128,7 +128,7 @@ def reject(  # noqa: PLR0913 - the options of a command
     console.result(rows, lines(rows, form))
 
 
-@command(BalpoeSettings, ("eval",), train=False, dropped=_STAGES, run_alias="--experts-dir")
+@command(BalpoeSettings, ("eval",), train=False, dropped=_STAGES, alias="--experts-dir")
 def eval_(
     request: Request,
     plugins: Annotated[list[str] | None, _Plugin] = None,

@@ -1,6 +1,5 @@
 """The report of a run: tables and plots from the files of its folder alone."""
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +17,8 @@ from moectl.balpoe.settings import BalpoeSettings
 from moectl.balpoe.taus import tau_values
 from moectl.engine import plot
 from moectl.engine.files import write_text
-from moectl.engine.report import duration, image, percent, table
-from moectl.engine.settings import dump, flatten
+from moectl.engine.report import image, paragraphs, percent, run_lines, settings_table, table
+from moectl.engine.settings import flatten
 from moectl.engine.toml import read_toml
 from moectl.engine.tracking import MetricsFile, loads_or_none
 
@@ -80,8 +79,8 @@ def report(folder: Path) -> None:
         *report_rejection.draw(evidence.rejection, plots),
     ]
     parts = [
-        _run_lines(evidence),
-        _settings_table(evidence),
+        run_lines(evidence.name, evidence.record),
+        settings_table(evidence.settings, BalpoeSettings(), evidence.record),
         _results(evidence),
         _experts(evidence),
         _calibration(evidence),
@@ -91,7 +90,7 @@ def report(folder: Path) -> None:
         *(["## Plots"] if pictures else []),
         *(image(f"plots/{name}", caption) for name, caption in pictures),
     ]
-    write_text(folder / "report.md", _paragraphs(parts))
+    write_text(folder / "report.md", paragraphs(parts))
 
 
 def read(folder: Path) -> Evidence:
@@ -115,47 +114,6 @@ def _documents(paths: Mapping[str, Path]) -> dict[str, Mapping[str, Any]]:
     """Read documents by name, such as `test@last`; the keys are the tags behind the @."""
     found = {name.partition("@")[2]: loads_or_none(path) for name, path in paths.items()}
     return {tag: document for tag, document in found.items() if document}
-
-
-def _run_lines(evidence: Evidence) -> str:
-    record = evidence.record
-    git = record.get("git") or {}
-    commit = f"{git['commit'][:12]}{' with changes' if git['dirty'] else ''}" if git else None
-    versions = ", ".join(f"{name} {value}" for name, value in record.get("versions", {}).items())
-    reason = f" ({record['reason']})" if record.get("reason") else ""
-    own = record.get("pid") == os.getpid()  # the run draws its own report shortly before its end
-    rows = [
-        ("command", f"`{record['argv']}`" if record.get("argv") else None),
-        ("status", f"{record['status']}{reason}" if record.get("status") and not own else None),
-        ("started", record.get("started")),
-        ("time", duration(record["wall_seconds"]) if "wall_seconds" in record else None),
-        ("device", record.get("device")),
-        ("processes × threads", _times(record.get("processes"), record.get("threads"))),
-        ("precision", record.get("precision")),
-        ("seed", record.get("seed")),
-        ("versions", versions or None),
-        ("git commit", commit),
-    ]
-    known = [row for row in rows if row[1] is not None]
-    return f"# {evidence.name}\n\n" + (table(("run", ""), known) if known else "")
-
-
-def _times(processes: int | None, threads: int | None) -> str | None:
-    return None if processes is None or threads is None else f"{processes} × {threads}"
-
-
-def _settings_table(evidence: Evidence) -> str:
-    if not evidence.settings:
-        return ""
-    default = flatten(dump(BalpoeSettings()))
-    origin = evidence.record.get("settings", {})
-    rows = [
-        (f"`{key}`", value, default.get(key), origin.get(key))
-        for key, value in evidence.settings.items()
-        if value != default.get(key)
-    ]
-    lines = table(("setting", "value", "default", "set by"), rows) if rows else "None.\n"
-    return f"## Settings that differ from the defaults\n\n{lines}"
 
 
 def _results(evidence: Evidence) -> str:
@@ -184,11 +142,7 @@ def _results(evidence: Evidence) -> str:
         table(columns, rows),
         departures(evidence.settings, published) if published else "",
     ]
-    return _paragraphs(lines)
-
-
-def _paragraphs(parts: Sequence[str]) -> str:
-    return "\n\n".join(part.strip() for part in parts if part) + "\n"
+    return paragraphs(lines)
 
 
 def _experts(evidence: Evidence) -> str:
@@ -244,7 +198,7 @@ def _calibration(evidence: Evidence) -> str:
         if temperature is not None
         else "",
     ]
-    return _paragraphs(lines)
+    return paragraphs(lines)
 
 
 def _diversity(document: Mapping[str, Any]) -> str:

@@ -66,7 +66,7 @@ def command(  # noqa: PLR0913 - what a command is made of
     train: bool | None,
     size: Callable[[Any], dict[str, Any]] | None = None,
     dropped: dict[str, str] | None = None,
-    run_alias: str = "",
+    alias: str = "",
     reads: Sequence[str] = (),
     standalone: Sequence[str] = (),
 ) -> Callable[[Callable[..., Any]], Callable[..., None]]:
@@ -79,7 +79,7 @@ def command(  # noqa: PLR0913 - what a command is made of
             None if neither.
         size: returns the size of the job for `--dry-run`.
         dropped: options of the original programs that are gone, with what replaced them.
-        run_alias: another name of `--run`, as an original program has it.
+        alias: another name of `--run` or `--name`, as an original program has it.
         reads: commands whose runs `latest` may be; any if there are none.
         standalone: parameters of the function that may name a file to read in place of a run.
     """
@@ -112,7 +112,7 @@ def command(  # noqa: PLR0913 - what a command is made of
                 function(request, **values)
 
         parameters = [*own.values(), *(field_option(key, info) for key, info in flags.items())]
-        parameters += common_options(room, train, run_alias)
+        parameters += common_options(room, train, alias)
         run_command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run_command.dropped = dropped or {}  # type: ignore[attr-defined]
         return run_command

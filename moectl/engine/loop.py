@@ -15,7 +15,7 @@ from moectl.engine import checkpoint, console, state
 from moectl.engine.errors import Interrupted, RunFailed, UserError
 from moectl.engine.launch import agree, any_process, gather_objects
 from moectl.engine.seeding import seed_all
-from moectl.engine.sources import Chunk, Source, Stream
+from moectl.engine.sources import Chunk, Source, stream_of
 from moectl.engine.tracking import Means, MetricsFile, Trackers, mean_over
 
 if TYPE_CHECKING:
@@ -76,12 +76,13 @@ class Loop:
     weights.
 
     Raises:
-        UserError: if the batch size does not divide over processes and micro-batches.
+        UserError: if the batch size does not divide over processes and micro-batches, or the data
+            is too small for a single batch.
         RunFailed: while iterating, if the loss or the weights stop being finite.
         Interrupted: while iterating, after everything is saved, if the run was asked to stop.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what a training is made of
         self,
         run: "Run[Any]",
         model: nn.Module,
@@ -89,24 +90,12 @@ class Loop:
         optimizer: torch.optim.Optimizer,
         schedule: "Schedule",
         monitor: str = "",
+        smallest: int = 1,
     ) -> None:
         train = run.settings.train
         self.run, self.source, self.schedule, self.monitor = run, source, schedule, monitor
         self.settings, self.accelerator = train, run.accelerator
-        world = self.accelerator.num_processes
-        if train.batch_size % (world * train.accumulate):
-            raise UserError(
-                f"train.batch_size = {train.batch_size} does not divide by {world} processes"
-                f" x train.accumulate = {train.accumulate}"
-            )
-        self.stream = Stream(
-            len(source),
-            train.batch_size,
-            train.seed,
-            self.accelerator.process_index,
-            world,
-            train.accumulate,
-        )
+        self.stream = stream_of(len(source), train, self.accelerator, smallest)
         self.total_updates = train.epochs * self.stream.batches_per_epoch
         self.base_rates = [group["lr"] for group in optimizer.param_groups]
         self.module = model
@@ -326,9 +315,8 @@ class Loop:
             self.accelerator, {"epoch": self.epoch_means.state(), "window": self.window.state()}
         )
         failed = self.run.is_main and not self._write(means)
-        failed = any_process(self.accelerator, failed)[
-            0
-        ]  # all wait for rank 0 and learn how it went
+        # All wait for rank 0 and learn how it went.
+        failed = any_process(self.accelerator, failed)[0]
         self._failed_saves = self._failed_saves + 1 if failed else 0
         if self._failed_saves == _SAVE_FAILURES:
             raise RunFailed(f"{_SAVE_FAILURES} checkpoints in a row could not be written")
@@ -369,11 +357,11 @@ class Loop:
         root = self.run.folder / "checkpoints"
         fall_back = self.run.resuming == "auto"
         folder = agree(self.accelerator, lambda: checkpoint.choose(root, fall_back=fall_back))
+        words = "no checkpoint yet: starting from the beginning"
         if folder.name:
             self._load(folder)
-            log.info("resumed at update %d of %d", self.update, self.total_updates)
-        else:
-            log.info("no checkpoint yet: starting from the beginning")
+            words = f"resumed at update {self.update} of {self.total_updates}"
+        log.info(words)
         self.run.write_settings()
         if self.run.is_main:
             self.metrics.keep_until(checkpoint.update_of(folder))

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,8 +13,10 @@ Schedule = Callable[[float], float]
 """Maps epochs done, with fraction, to the factor on the learning rate."""
 
 
-def build_optimizer(section: OptimSection, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
-    """Return the optimiser that `[optim]` describes."""
+def build_optimizer(
+    section: OptimSection, parameters: Iterable[Tensor] | Iterable[dict[str, Any]]
+) -> torch.optim.Optimizer:
+    """Return the optimiser that `[optim]` describes, over parameters or groups of them."""
     match section.name:
         case "sgd":
             return torch.optim.SGD(

@@ -94,12 +94,12 @@ COMMON = frozenset(
 )
 
 
-def common_options(room: str, train: bool | None, run_alias: str = "") -> list[inspect.Parameter]:
+def common_options(room: str, train: bool | None, alias: str = "") -> list[inspect.Parameter]:
     """Return the options that every command of a system has, and those of its kind."""
     known, runs_of = _complete_presets(room), _complete_runs(room)
-    kind = _training_options(runs_of) if train else []
+    kind = _training_options(runs_of, alias) if train else []
     if train is False:
-        kind = [_run_option(runs_of, run_alias)]
+        kind = [_run_option(runs_of, alias)]
     every = "Every setting with its origin and the size of the job; nothing is done."
     return [
         _option(list[str], [], "--preset", "-p", "Preset or TOML file; later ones win.", known),
@@ -113,10 +113,10 @@ def common_options(room: str, train: bool | None, run_alias: str = "") -> list[i
     ]
 
 
-def _training_options(runs_of: Callable[[str], list[str]]) -> list[inspect.Parameter]:
+def _training_options(runs_of: Callable[[str], list[str]], alias: str) -> list[inspect.Parameter]:
     go_on = "Go on with a run; auto: the newest unfinished of this name, or a new one."
     return [
-        _option(str | None, None, "--name", help="Name of the run folder; else the presets."),
+        _option(str | None, None, "--name", alias, "Name of the run folder; else the presets."),
         _option(Path | None, None, "--out", help="The run folder itself; must be empty."),
         _option(str | None, None, "--resume", "-r", go_on, runs_of, "REF|auto"),
     ]

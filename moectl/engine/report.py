@@ -1,7 +1,11 @@
-"""Markdown for reports: tables, percent, images."""
+"""Markdown for reports: tables, percent, images, and what every run has to say of itself."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
 from urllib.parse import quote
+
+from moectl.engine.settings import Settings, dump, flatten
 
 MISSING = "–"
 
@@ -33,6 +37,65 @@ def percent(value: float | None, digits: int = 1) -> str:
 def image(path: str, caption: str) -> str:
     """Return a link to a picture beside the report."""
     return f"![{caption}]({quote(path)})\n"
+
+
+def paragraphs(parts: Sequence[str]) -> str:
+    """Join the parts of a text that are not empty."""
+    return "\n\n".join(part.strip() for part in parts if part) + "\n"
+
+
+def run_lines(name: str, record: Mapping[str, Any]) -> str:
+    """Write the title of a report, and how the run was made.
+
+    Args:
+        name: of the run.
+        record: what run.json holds; what is missing is left out.
+    """
+    git = record.get("git") or {}
+    commit = f"{git['commit'][:12]}{' with changes' if git['dirty'] else ''}" if git else None
+    versions = ", ".join(f"{name} {value}" for name, value in record.get("versions", {}).items())
+    reason = f" ({record['reason']})" if record.get("reason") else ""
+    own = record.get("pid") == os.getpid()  # the run draws its own report shortly before its end
+    rows = [
+        ("command", f"`{record['argv']}`" if record.get("argv") else None),
+        ("status", f"{record['status']}{reason}" if record.get("status") and not own else None),
+        ("started", record.get("started")),
+        ("time", duration(record["wall_seconds"]) if "wall_seconds" in record else None),
+        ("device", record.get("device")),
+        ("processes × threads", _times(record.get("processes"), record.get("threads"))),
+        ("precision", record.get("precision")),
+        ("seed", record.get("seed")),
+        ("versions", versions or None),
+        ("git commit", commit),
+    ]
+    known = [row for row in rows if row[1] is not None]
+    return f"# {name}\n\n" + (table(("run", ""), known) if known else "")
+
+
+def _times(processes: int | None, threads: int | None) -> str | None:
+    return None if processes is None or threads is None else f"{processes} × {threads}"
+
+
+def settings_table(
+    settings: Mapping[str, Any], defaults: Settings, record: Mapping[str, Any]
+) -> str:
+    """Write the settings of a run that differ from the defaults, and who set them.
+
+    Args:
+        settings: dotted key to value, as settings.toml has them.
+        defaults: the same system's.
+        record: what run.json holds.
+    """
+    if not settings:
+        return ""
+    default, origin = flatten(dump(defaults)), record.get("settings", {})
+    rows = [
+        (f"`{key}`", value, default.get(key), origin.get(key))
+        for key, value in settings.items()
+        if value != default.get(key)
+    ]
+    lines = table(("setting", "value", "default", "set by"), rows) if rows else "None.\n"
+    return f"## Settings that differ from the defaults\n\n{lines}"
 
 
 def duration(seconds: float) -> str:

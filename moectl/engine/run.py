@@ -119,6 +119,7 @@ class Run(Generic[S]):
         optimizer: "Optimizer",
         schedule: "Schedule",
         monitor: str = "",
+        smallest: int = 1,
     ) -> "Loop":
         """Prepare a training loop over this run, continued where its newest checkpoint stands.
 
@@ -128,10 +129,15 @@ class Run(Generic[S]):
             optimizer: over the parameters of the model.
             schedule: factor on the learning rate by epochs done.
             monitor: name of the validation score whose largest value is best.
+            smallest: samples that every process needs in a forward pass; the last batch of an epoch
+                is left out if it has fewer.
+
+        Raises:
+            UserError: if the data is too small for a single batch.
         """
         from moectl.engine.loop import Loop
 
-        return Loop(self, model, source, optimizer, schedule, monitor)
+        return Loop(self, model, source, optimizer, schedule, monitor, smallest)
 
     def save_weights(
         self,

@@ -8,13 +8,18 @@ import multiprocessing
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from moectl.engine.errors import UserError
 from moectl.engine.seeding import key
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from moectl.engine.sections import TrainSection
 
 
 class Chunk(NamedTuple):
@@ -39,7 +44,8 @@ class Stream:
 
     Every batch of `batch_size` samples is dealt out like cards to `world` processes, and each hand
     is cut into `accumulate` chunks. The last, smaller batch of an epoch is kept, and padded by
-    repeating its samples only if it has fewer of them than there are chunks.
+    repeating its samples only if it has fewer of them than there are chunks. It is left out if a
+    chunk would have fewer than `smallest` samples: batch norm has no variance of one.
     """
 
     samples: int
@@ -48,11 +54,14 @@ class Stream:
     rank: int = 0
     world: int = 1
     accumulate: int = 1
+    smallest: int = 1
 
     @property
     def batches_per_epoch(self) -> int:
         """Optimiser updates in one pass over the data."""
-        return -(-self.samples // self.batch_size)
+        whole, rest = divmod(self.samples, self.batch_size)
+        needed = self.smallest * self.world * self.accumulate if self.smallest > 1 else 1
+        return whole + (rest >= needed)
 
     def order(self, epoch: int) -> Tensor:
         """Return the permutation (N,) of an epoch."""
@@ -76,6 +85,28 @@ class Stream:
         """Yield the chunks of all epochs from a position to the end."""
         for number in range(epoch, epochs):
             yield from self.epoch(number, start if number == epoch else 0)
+
+
+def stream_of(
+    samples: int, train: "TrainSection", accelerator: "Accelerator", smallest: int = 1
+) -> Stream:
+    """Return the stream of this process.
+
+    Raises:
+        UserError: if the batch size does not divide over processes and micro-batches, or the data
+            is too small for a single batch.
+    """
+    world = accelerator.num_processes
+    if train.batch_size % (world * train.accumulate):
+        raise UserError(
+            f"train.batch_size = {train.batch_size} does not divide by {world} processes"
+            f" x train.accumulate = {train.accumulate}"
+        )
+    rank = accelerator.process_index
+    stream = Stream(samples, train.batch_size, train.seed, rank, world, train.accumulate, smallest)
+    if not stream.batches_per_epoch:
+        raise UserError(f"{samples} training images are too few for {world} processes")
+    return stream
 
 
 class Augment(Protocol):

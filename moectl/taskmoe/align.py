@@ -93,6 +93,27 @@ def _reorder(value: Tensor, axis: int, order: Tensor, key: str) -> Tensor:
     return value.index_select(axis, order.to(value.device))
 
 
+def renormalise(state: Mapping[str, Tensor], factor: Tensor, addend: Tensor) -> State:
+    """Make a specialist expect images that are normalised in another way.
+
+    Its outputs for `images` are then those for `images * factor + addend` before, except that the
+    zeros around an image stay zeros.
+
+    Args:
+        state: state dict of a `Specialist`; not written to.
+        factor: (3,) per colour.
+        addend: (3,) likewise.
+    """
+    weight = state["conv1.conv.weight"]
+    factor, addend = (part.to(weight).view(1, 3, 1, 1) for part in (factor, addend))
+    constant = (weight * addend).sum((1, 2, 3))
+    return {
+        **state,
+        "conv1.conv.weight": weight * factor,
+        "conv1.bn.running_mean": state["conv1.bn.running_mean"] - constant,
+    }
+
+
 def match(
     reference: Specialist,
     other: Specialist,

@@ -4,6 +4,7 @@ Legend: N images.
 """
 
 import csv
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,7 +76,7 @@ def build_task_b(imagenet: Path, out: Path) -> Path:
     folder = out / "TaskB"
     classes = {part: _class_files(imagenet, part) for part in ("train", "val")}
     for part, files in classes.items():
-        images = {id: _squares(paths, TASK_B.image_size) for id, paths in files.items()}
+        images = {id: squares(paths, TASK_B.image_size) for id, paths in files.items()}
         for entry in TASK_B.specialists:
             ids = [one.id for one in entry.classes]
             labels = [torch.full((len(images[id]),), id) for id in ids]
@@ -93,7 +94,7 @@ def _class_files(imagenet: Path, part: str) -> dict[int, list[Path]]:
     if part == "val" and is_file(solution) and not sorted_already:
         files = _flat(root, solution)
     else:
-        files = {id: _images(root / word) for id, word in WORDNET.items()}
+        files = {id: image_files(root / word) for id, word in WORDNET.items()}
     if missing := [str(root / WORDNET[id]) for id, paths in files.items() if not paths]:
         raise UserError(
             f"no images in {', '.join(missing)}",
@@ -103,16 +104,18 @@ def _class_files(imagenet: Path, part: str) -> dict[int, list[Path]]:
     return files
 
 
-def _images(folder: Path) -> list[Path]:
+def image_files(folder: Path, *, deep: bool = False) -> list[Path]:
+    """Return the sorted images of a folder, and with `deep` of all folders in it."""
     if not is_folder(folder):
         return []
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in _SUFFIXES)
+    files = folder.rglob("*") if deep else folder.iterdir()
+    return sorted(path for path in files if path.suffix.lower() in _SUFFIXES)
 
 
 def _flat(root: Path, solution: Path) -> dict[int, list[Path]]:
     """Sort the images of a flat folder into classes by a table of `name,wordnet box…`."""
     classes = {word: id for id, word in WORDNET.items()}
-    images = {path.stem: path for path in _images(root)}
+    images = {path.stem: path for path in image_files(root)}
     files: dict[int, list[Path]] = {id: [] for id in WORDNET}
     with solution.open(encoding="utf-8-sig", newline="") as lines:
         for name, boxes, *_ in (row for row in csv.reader(lines) if len(row) > 1):
@@ -122,8 +125,12 @@ def _flat(root: Path, solution: Path) -> dict[int, list[Path]]:
     return {id: sorted(paths) for id, paths in files.items()}
 
 
-def _squares(paths: list[Path], side: int) -> "Tensor":
-    """Read images as (N, side, side, 3) uint8."""
+def squares(paths: Sequence[Path], side: int) -> "Tensor":
+    """Read images as (N, side, side, 3) uint8: the shorter side scaled, the middle cut out.
+
+    Raises:
+        UserError: naming the image that cannot be read.
+    """
     import numpy as np
     import torch
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moectl.common.images import Plain, Standard
 from moectl.engine.errors import UserError
-from moectl.engine.sources import Augment, Source, TensorSource
+from moectl.engine.sources import Augment, TensorSource
 from moectl.taskmoe.files import read_data_file
 from moectl.taskmoe.manifest import (
     Manifest,
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from moectl.taskmoe.settings import DataSection
 
 Part = Literal["train", "test"]
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]
+"""Mean and standard deviation of every channel, of images in 0..1."""
 _PARTS: tuple[Part, Part] = ("train", "test")
 
 
@@ -37,9 +39,9 @@ _PARTS: tuple[Part, Part] = ("train", "test")
 class Data:
     """Three sets of images and what is known about them."""
 
-    train: Source
-    val: Source
-    test: Source
+    train: TensorSource
+    val: TensorSource
+    test: TensorSource
     class_names: list[str]
     """In the order of the labels 0..C-1."""
     class_ids: list[int]
@@ -60,18 +62,20 @@ class Data:
     """Plain values for the records of a run."""
 
 
-def load(section: "DataSection", seed: int) -> Data:
+def load(section: "DataSection", seed: int, statistics: Statistics | None = None) -> Data:
     """Load the union of what the specialists know.
 
     Args:
         section: of the settings.
         seed: of the division of the training images.
+        statistics: to normalise by; those of the training images if not given.
 
     Raises:
         UserError: if files are missing or damaged, or do not fit the manifest.
     """
     manifest, folder = find_manifest(section.task, section.root)
-    return _load(manifest, folder, section, label_map(manifest, section.label_map), seed)
+    labels = label_map(manifest, section.label_map)
+    return _load(manifest, folder, section, labels, seed, statistics)
 
 
 def load_specialist(section: "DataSection", seed: int, index: int) -> Data:
@@ -94,7 +98,7 @@ def load_specialist(section: "DataSection", seed: int, index: int) -> Data:
             f"specialists are numbered from 0 to {len(manifest.specialists) - 1}",
         )
     alone = replace(manifest, specialists=(manifest.specialists[index],))
-    return _load(alone, folder, section, label_map(alone, "offset"), seed)
+    return _load(alone, folder, section, label_map(alone, "offset"), seed, None)
 
 
 def check(section: "DataSection") -> dict[str, Any]:
@@ -114,12 +118,11 @@ def check(section: "DataSection") -> dict[str, Any]:
     kept = {part: dedup(rows, section.dedup) for part, rows in found.items()}
     mean, std = _statistics(kept["train"].rows.images)
     names = class_names(manifest, labels)
+    counts = {
+        part: Counter(zip(rows.specialists, rows.ids, strict=True)) for part, rows in found.items()
+    }
     specialists = {}
     for number, entry in enumerate(manifest.specialists):
-        counts = {
-            part: Counter(zip(rows.specialists, rows.ids, strict=True))
-            for part, rows in found.items()
-        }
         specialists[entry.name] = {
             part: {one.name: count[number, one.id] for one in entry.classes}
             for part, count in counts.items()
@@ -145,7 +148,12 @@ def check(section: "DataSection") -> dict[str, Any]:
 
 
 def _load(
-    manifest: Manifest, folder: Path, section: "DataSection", labels: dict[int, int], seed: int
+    manifest: Manifest,
+    folder: Path,
+    section: "DataSection",
+    labels: dict[int, int],
+    seed: int,
+    statistics: Statistics | None,
 ) -> Data:
     found = {part: _read(manifest, folder, part, section.allow_pickle) for part in _PARTS}
     kept = {part: dedup(rows, section.dedup) for part, rows in found.items()}
@@ -154,7 +162,7 @@ def _load(
     train, val = (
         pool.take([row for row, out in enumerate(held) if out is part]) for part in (False, True)
     )
-    mean, std = _statistics(train.images)
+    mean, std = statistics or _statistics(train.images)
     augment, plain = _augment(section.augment, manifest.image_size, mean, std), Plain(mean, std)
 
     def source(rows: Rows, augment: Augment | None = None) -> TensorSource:
@@ -237,7 +245,7 @@ def _digits(entry: SpecialistEntry, part: Part) -> tuple[Tensor, Tensor]:
     return images.contiguous(), torch.from_numpy(scans.target[rows]).long()
 
 
-def _statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _statistics(images: Tensor) -> Statistics:
     """Return mean and biased standard deviation per channel, of bytes as numbers in 0..1."""
     values = torch.arange(256, dtype=torch.float64) / 255
     mean, std = [], []

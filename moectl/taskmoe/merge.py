@@ -139,6 +139,8 @@ def assemble(  # noqa: PLR0913
         _assemble_classifier(model, states, owners, rows)
     if bn == "recalibrate" and images is not None:
         recalibrate(model, _alike(images))
+        if model.shared_until != layers[-1]:  # the experts' own trunks follow a merged layer
+            _measure(model.experts, model, _alike(images))
     if gate_init == "prototype":
         _point_gates(model, images, labels, owners)
     return Report(correlations, _distances(parts, shared), _parameters(model, specialists))

@@ -153,10 +153,12 @@ class SpecialistSection(Section):
 class EvalSection(Section):
     """What is measured after training."""
 
-    batch_size: Annotated[int, Flag("--eval-batch-size"), Field(ge=1)] = 256
+    batch_size: Annotated[int, Flag("--batch-size"), Field(ge=1)] = 256
     """Images per forward pass."""
     num_samples: Annotated[int, Flag("--num-samples"), Field(ge=0)] = 10
-    """Images in the picture of sample predictions."""
+    """Classes with an image in the picture of sample predictions."""
+    seed: Annotated[int, Flag("--seed"), Field(ge=0)] = 100
+    """Seed of the choice of these images, and of resampling."""
     bootstrap: Annotated[int, Field(ge=0)] = 1000
     """Resamples behind intervals; 0 gives none."""
 
@@ -176,6 +178,15 @@ class TaskmoeSettings(Settings):
     train: TaskmoeTrain = TaskmoeTrain()
     specialist: SpecialistSection = SpecialistSection()
     eval: EvalSection = EvalSection()
+
+    @model_validator(mode="after")
+    def _whole_batches(self) -> "TaskmoeSettings":
+        if self.train.accumulate > 1 and self.loss.balance_weight:
+            raise ValueError(
+                f"train.accumulate = {self.train.accumulate} would balance the experts over parts"
+                " of a batch: use more processes, or loss.balance_weight = 0"
+            )
+        return self
 
     @model_validator(mode="after")
     def _as_many_kept_as_there_are(self) -> "TaskmoeSettings":

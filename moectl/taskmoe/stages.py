@@ -1,5 +1,7 @@
 """What one stage hands to the next: specialists to the merge, merged weights to the training."""
 
+import logging
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,55 +13,93 @@ from torch import Tensor
 from moectl.engine import artefact
 from moectl.engine.artefact import Artefact
 from moectl.engine.errors import UserError
-from moectl.engine.files import write_json
+from moectl.engine.files import is_file, is_folder, write_json
 from moectl.engine.references import all_runs, find_weights
 from moectl.engine.run import Run
 from moectl.engine.seeding import key
-from moectl.engine.sources import Source
-from moectl.taskmoe.data import load
+from moectl.engine.sources import TensorSource
+from moectl.taskmoe.align import renormalise
+from moectl.taskmoe.data import Data, load
+from moectl.taskmoe.manifest import find_manifest
 from moectl.taskmoe.merge import assemble, step_zero
-from moectl.taskmoe.model import Specialist
+from moectl.taskmoe.model import MergedMoE, Specialist
 from moectl.taskmoe.settings import TaskmoeSettings
 from moectl.taskmoe.train import build, facts_of
+from moectl.taskmoe.weights import Member, change_of, read_mixture, read_specialist
 
+log = logging.getLogger(__name__)
+
+MERGED = "merged_model.pth"
+SUBMODELS = Path("submodels")
 _MERGING_IMAGES = 4096
 
 
-def find_specialists(settings: TaskmoeSettings, references: Sequence[str]) -> list[Artefact]:
-    """Return the best weights of the task's specialists, in their order.
+def find_specialists(
+    settings: TaskmoeSettings, references: Sequence[str], submodels: Path | None = None
+) -> list[Member]:
+    """Return the specialists of a task, in the order of its manifest.
 
     Args:
         settings: which task, and how many.
         references: runs or files, one for each; without any, the newest finished run of each.
+        submodels: folder with a folder of weights files for each task, instead of runs.
 
     Raises:
-        UserError: if one is missing or of another task.
+        UserError: if one is missing, of another task or of another width.
     """
-    count = settings.model.num_experts
-    if references and len(references) != count:
-        raise UserError(f"{len(references)} specialists are given for {count} experts")
-    paths = [find_weights(_best(reference), "taskmoe") for reference in references]
-    found = [artefact.load(path) for path in paths or _newest(settings.data.task, count)]
-    for number, weights in enumerate(found, 1):
-        facts = (weights.facts.get("task"), weights.facts.get("number"))
-        if facts != (settings.data.task, number):
+    manifest, folder = find_manifest(settings.data.task, settings.data.root)
+    count = len(manifest.specialists)
+    if references and submodels:
+        raise UserError("--specialists and --submodels-dir exclude each other")
+    if references:
+        if len(references) != count:
+            raise UserError(f"{len(references)} specialists are given, the task has {count}")
+        paths = [find_weights(best(reference), "taskmoe") for reference in references]
+    elif submodels:
+        named = [folder / one.checkpoint for one in manifest.specialists if one.checkpoint]
+        listed = len(named) == count
+        paths = named if listed else _submodel_files(submodels / _folder_name(settings), count)
+    else:
+        paths = _newest(settings.data.task, count)
+    found = [read_specialist(path, settings, number) for number, path in enumerate(paths, 1)]
+    for member in found:
+        width = member.model.conv1.conv.out_channels
+        if width != settings.model.width:
             raise UserError(
-                f"{weights.path}: is specialist {facts[1]} of task {facts[0]},"
-                f" expected {number} of {settings.data.task}"
+                f"{member.path}: is {width} channels wide, model.width is {settings.model.width}",
+                f"--width {width}",
             )
     return found
 
 
-def _best(reference: str) -> str:
-    return reference if "@" in reference or Path(reference).is_file() else f"{reference}@best"
+def best(reference: str) -> str:
+    """Make a reference to a run one to its best weights, unless it says which."""
+    return reference if "@" in reference or is_file(Path(reference)) else f"{reference}@best"
+
+
+def _folder_name(settings: TaskmoeSettings) -> str:
+    task = settings.data.task
+    return Path(task).resolve().parent.name if is_file(Path(task)) else task
+
+
+def _submodel_files(folder: Path, count: int) -> list[Path]:
+    """Return the weights files of a folder in the order of the first number in their names."""
+    files = sorted(folder.glob("*.pth")) if is_folder(folder) else []
+    numbers = {path: re.search(r"\d+", path.stem) for path in files}
+    order = {int(found[0]): path for path, found in numbers.items() if found}
+    if len(files) != count or sorted(order) != list(range(1, count + 1)):
+        names = ", ".join(path.name for path in files) or "none"
+        raise UserError(
+            f"{folder}: expected {count} files of specialists 1 to {count}, found {names}",
+            "the first number in a name says whose it is, as in data1_86.40_epoch199.pth",
+        )
+    return [order[number] for number in sorted(order)]
 
 
 def _newest(task: str, count: int) -> list[Path]:
     """Return the best weights of the newest finished run of each specialist."""
     found: dict[int, Path] = {}
-    for folder, record in all_runs("taskmoe"):
-        if record.get("command") != "specialist" or record.get("status") != "finished":
-            continue
+    for folder, _ in _finished("specialist"):
         path = find_weights(f"{folder}@best", "taskmoe")
         facts = artefact.load(path).facts
         if facts["task"] == task:
@@ -68,100 +108,227 @@ def _newest(task: str, count: int) -> list[Path]:
     if missing:
         raise UserError(
             f"task {task}: no finished run of specialist {', '.join(missing)}",
-            "moectl taskmoe specialist --specialist N trains one",
+            f"moectl taskmoe specialist --task {task} --specialist {missing[0]} trains one",
         )
     return [found[number] for number in range(1, count + 1)]
 
 
-def find_merged(settings: Any, reference: str) -> Artefact:
-    """Return the merged weights to start from: of a run, or of the task's newest merge.
+def _finished(command: str) -> list[tuple[Path, dict[str, Any]]]:
+    return [
+        (folder, record)
+        for folder, record in all_runs("taskmoe")
+        if record.get("command") == command and record.get("status") == "finished"
+    ]
+
+
+def begin(
+    run: Run[TaskmoeSettings], merged: str, submodels: Path | None, checkpoint: Path | None
+) -> Artefact | None:
+    """Return the weights that a training starts from, and keep them in its run folder.
+
+    Args:
+        run: the run; one that goes on has them already.
+        merged: the run of a merge, or `none` for random weights.
+        submodels: folder of specialists to merge first.
+        checkpoint: weights of a mixture to go on from.
 
     Raises:
-        UserError: if there are none, or they are of another task.
+        UserError: if several are given, none is found, or one is of another task or form.
     """
+    own = run.folder / MERGED
+    if run.resuming and is_file(own):
+        return read_mixture(own, run.settings)
+    if sum(map(bool, (merged, submodels, checkpoint))) > 1:
+        raise UserError("--merged, --submodels-dir and --load-model-path exclude each other")
+    if merged == "none":
+        return None
+    path = checkpoint or (None if submodels else _find_merge(run.settings.data.task, merged))
+    if path is None:
+        merge(run.settings, run, [], submodels or SUBMODELS, best=False)
+        return read_mixture(own, run.settings)
+    start = read_mixture(path, run.settings)
+    _check_form(start, run.settings)
+    run.note(parents=[{"path": str(path), "sha256": start.sha256}])
+    payload = {"model_state_dict": start.payload["model_state_dict"], "epoch": 0}
+    run.save_weights(MERGED, {**payload, "format_version": 1}, start.facts, epoch=0)
+    return start
+
+
+def _find_merge(task: str, reference: str) -> Path | None:
+    """Return the merged weights of a run; None if the original's folder of specialists is there."""
     if reference:
-        path = find_weights(_best(reference), "taskmoe")
-    else:
-        path = _newest_merge(settings.data.task)
-    weights = artefact.load(path)
-    if weights.facts.get("task") != settings.data.task:
+        return find_weights(best(reference), "taskmoe")
+    for folder, _ in _finished("merge"):
+        path = find_weights(f"{folder}@best", "taskmoe")
+        if artefact.load(path).facts["task"] == task:
+            return path
+    if is_folder(SUBMODELS / task):
+        return None
+    raise UserError(
+        f"task {task}: no finished merge",
+        "moectl taskmoe merge makes one; --submodels-dir DIR merges weights files, and"
+        " --merged none starts from random weights",
+    )
+
+
+def _check_form(start: Artefact, settings: TaskmoeSettings) -> None:
+    """Refuse weights of another task, or of a network that the settings do not describe."""
+    facts = start.facts
+    if facts["task"] != settings.data.task:
         raise UserError(
-            f"{path}: is of task {weights.facts.get('task')}, expected {settings.data.task}"
+            f"{start.path}: is of task {facts['task']}, the settings say {settings.data.task}",
+            f"--task {facts['task']}",
         )
-    return weights
+    if facts["label_map"] != settings.data.label_map:
+        raise UserError(
+            f"{start.path}: numbers the classes by the {facts['label_map']} map,"
+            f" data.label_map is {settings.data.label_map}"
+        )
+    form = ("num_experts", "width", "combine", "gating_feature_dim", "shared_until")
+    for name in form:
+        theirs, ours = facts["arguments"].get(name), getattr(settings.model, name)
+        if theirs is not None and theirs != ours:
+            raise UserError(
+                f"{start.path}: has {name} = {theirs}, model.{name} is {ours}",
+                f"--set model.{name}={theirs}",
+            )
 
 
-def _newest_merge(task: str) -> Path:
-    for folder, record in all_runs("taskmoe"):
-        if record.get("command") == "merge" and record.get("status") == "finished":
-            path = find_weights(f"{folder}@best", "taskmoe")
-            if artefact.load(path).facts["task"] == task:
-                return path
-    raise UserError(f"task {task}: no finished merge", "moectl taskmoe merge makes one")
+def merge(
+    settings: TaskmoeSettings,
+    run: Run[TaskmoeSettings],
+    references: Sequence[str],
+    submodels: Path | None = None,
+    *,
+    best: bool = True,
+) -> dict[str, Any]:
+    """Merge the specialists, measure the mixture before any training, and write its weights.
 
+    Args:
+        settings: of the run.
+        run: the run that gets `merged_model.pth` and `merge_report.json`.
+        references: specialists, see `find_specialists`.
+        submodels: their folder, likewise.
+        best: whether the weights are what the run is made for.
 
-def merge(settings: TaskmoeSettings, run: Run[TaskmoeSettings], references: Sequence[str]) -> None:
-    """Merge the specialists, measure the mixture before any training, and write its weights."""
+    Returns:
+        What merge_report.json holds.
+
+    Raises:
+        UserError: as `find_specialists`, and if the specialists do not fit each other.
+    """
     data = load(settings.data, settings.train.seed)
-    found = find_specialists(settings, references)
-    run.note(parents=[{"path": str(part.path), "sha256": part.sha256} for part in found])
-    model = build(settings, data)
-    images, labels = _some(data.train, settings.train.seed)
-    options = settings.merge
+    found = find_specialists(settings, references, submodels)
+    parents = [{"path": str(part.path), "sha256": part.sha256} for part in found]
+    run.note(parents=parents)
+    model, document = merged(settings, data, found, run.device)
+    facts = {
+        **facts_of(settings, data),
+        "temperature": float(model.temperature),
+        "specialists": parents,
+    }
+    payload = {"model_state_dict": model.state_dict(), "epoch": 0, "format_version": 1}
+    run.save_weights(MERGED, payload, facts, epoch=0, best=best)
+    if best:
+        run.note(scores={name: document[name] for name in ("step_zero", "random_control")})
+    if run.is_main:
+        write_json(run.folder / "merge_report.json", document)
+    _announce(document)
+    return document
+
+
+def merged(
+    settings: TaskmoeSettings, data: Data, members: Sequence[Member], device: torch.device
+) -> tuple[MergedMoE, dict[str, Any]]:
+    """Return the mixture of specialists, and the report on it as plain values.
+
+    Raises:
+        UserError: if the specialists do not fit each other.
+    """
+    model = build(settings, data).to(device)
+    images, labels = (part.to(device) for part in _some(data.train, settings.train.seed))
     try:
         report = assemble(
             model,
-            [_rebuilt(part) for part in found],
+            [_seeing(member, data).to(device) for member in members],
             data.owners,
-            [[data.class_ids.index(label) for label in part.facts["class_ids"]] for part in found],
-            method=options.method,
-            bn=options.bn,
-            classifier_init=options.classifier_init,
-            gate_init=options.gate_init,
+            [[data.class_ids.index(id) for id in member.class_ids] for member in members],
             images=images,
             labels=labels,
+            **settings.merge.model_dump(),
         )
     except ValueError as error:
         raise UserError(f"the specialists cannot be merged: {error}") from None
-    held = _all(data.val)
+    batches = [images for images, _ in data.val.ordered(256, device)]
+    control = build(settings, data).to(device)
     document = {
-        "specialists": [str(part.path) for part in found],
+        "specialists": [str(member.path) for member in members],
+        "class_names": data.class_names,
         "owners": data.owners.int().tolist(),
-        "step_zero": step_zero(model, *held, data.owners),
-        "random_control": step_zero(build(settings, data), *held, data.owners),
+        **settings.merge.model_dump(),
+        "measured_on": "validation images",
+        "step_zero": step_zero(model, batches, data.val.labels, data.owners),
+        "random_control": step_zero(control, batches, data.val.labels, data.owners),
         **asdict(report),
     }
-    facts = {**facts_of(settings, data), "temperature": float(model.temperature)}
-    payload = {"model_state_dict": model.state_dict(), "epoch": 0, "format_version": 1}
-    run.save_weights("merged_model.pth", payload, facts, epoch=0, best=True)
-    run.note(scores={"step_zero": document["step_zero"], "random": document["random_control"]})
-    if run.is_main:
-        write_json(run.folder / "merge_report.json", _plain(document))
+    return model, document
 
 
-def _rebuilt(part: Artefact) -> Specialist:
-    model = Specialist(**part.facts["arguments"])
-    model.load_state_dict(part.payload["model_state_dict"])
+def _seeing(member: Member, data: Data) -> Specialist:
+    """Return a specialist that expects the normalisation of the union."""
+    change = change_of((data.mean, data.std), member.statistics)
+    model = Specialist(len(member.class_ids), member.model.conv1.conv.out_channels)
+    model.load_state_dict(renormalise(member.model.state_dict(), *change))
     return model.eval()
 
 
-def _all(source: Source) -> tuple[Tensor, Tensor]:
-    """Return all images of a source, normalised, and their labels."""
-    batches = list(source.ordered(256, torch.device("cpu")))
-    return torch.cat([images for images, _ in batches]), torch.cat([truth for _, truth in batches])
-
-
-def _some(source: Source, seed: int) -> tuple[Tensor, Tensor]:
+def _some(source: TensorSource, seed: int) -> tuple[Tensor, Tensor]:
     """Return enough images of a source to match channels and to measure batch norms by."""
-    images, labels = _all(source)
     draws = torch.Generator().manual_seed(key(seed, "match"))
-    chosen = torch.randperm(len(images), generator=draws)[:_MERGING_IMAGES]
-    return images[chosen], labels[chosen]
+    chosen = torch.randperm(len(source), generator=draws)[:_MERGING_IMAGES].to(source.labels.device)
+    return source.plain(source.images[chosen]), source.labels[chosen]
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(name): _plain(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value.tolist() if isinstance(value, Tensor) else value
+def _announce(document: dict[str, Any]) -> None:
+    for name, words in (("step_zero", "merged"), ("random_control", "random weights")):
+        found = document[name]
+        own = ", ".join("–" if one is None else f"{100 * one:.1f}" for one in found["own_accuracy"])
+        log.info(
+            "%s, before training: %.1f %% of %d validation images (chance %.1f);"
+            " each specialist's own classes by its expert: %s",
+            words,
+            100 * found["union_accuracy"],
+            found["images"],
+            100 * found["union_chance"],
+            own,
+        )
+
+
+def teachers(settings: TaskmoeSettings, start: Artefact | None) -> list[Member]:
+    """Return the specialists that the weights were merged from, if the loss distils them.
+
+    Raises:
+        UserError: if they are not known, or no longer there.
+    """
+    return merged_from(settings, start) if settings.loss.distill_weight else []
+
+
+def merged_from(settings: TaskmoeSettings, start: Artefact | None) -> list[Member]:
+    """Return the specialists that weights were merged from.
+
+    Raises:
+        UserError: if they are not known, no longer there, or not the same files any more.
+    """
+    listed = start.facts.get("specialists", []) if start else []
+    if not listed:
+        raise UserError(
+            "the specialists of this mixture are not known",
+            "start from a merge, or name them with --specialists",
+        )
+    found = []
+    for number, entry in enumerate(listed, 1):
+        member = read_specialist(Path(entry["path"]), settings, number)
+        if member.sha256 != entry["sha256"]:
+            raise UserError(f"{member.path}: is not the file that was merged any more")
+        found.append(member)
+    return found

@@ -1,6 +1,7 @@
 """Training of the gated mixture, and what comes out of it."""
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,61 +15,82 @@ from moectl.engine import artefact
 from moectl.engine.artefact import Artefact
 from moectl.engine.errors import UserError
 from moectl.engine.files import write_json
-from moectl.engine.inference import predict
 from moectl.engine.loop import Loop, Step
 from moectl.engine.optim import build_optimizer, build_schedule
 from moectl.engine.run import Run
 from moectl.engine.seeding import seed_all
 from moectl.engine.settings import dump
+from moectl.taskmoe import analysis
+from moectl.taskmoe.analysis import Examined
 from moectl.taskmoe.data import Data, load
-from moectl.taskmoe.losses import moe_loss, temperature_at
-from moectl.taskmoe.measures import measure
+from moectl.taskmoe.eval import evaluate, write_evaluation
+from moectl.taskmoe.inference import Opened, examine
+from moectl.taskmoe.losses import (
+    effective_experts,
+    gate_entropy,
+    moe_loss,
+    owner_targets,
+    temperature_at,
+)
 from moectl.taskmoe.model import MergedMoE
+from moectl.taskmoe.report import draw_analysis, draw_curve, report
 from moectl.taskmoe.settings import TaskmoeSettings
+from moectl.taskmoe.weights import Member, load_state
 
 log = logging.getLogger(__name__)
 
 MONITOR = "val/accuracy"
+_CURVE_EVERY = 10  # epochs
 
 
-def train(settings: TaskmoeSettings, run: Run[TaskmoeSettings], start: Artefact | None) -> None:
-    """Train the mixture, and test its best epoch.
+def train(
+    settings: TaskmoeSettings,
+    run: Run[TaskmoeSettings],
+    start: Artefact | None,
+    teachers: Sequence[Member] = (),
+) -> None:
+    """Train the mixture, test its best epoch, and write the report.
 
     Args:
         settings: of the run.
         run: the run.
         start: the merged weights to begin with; random ones if None.
+        teachers: the specialists, if their soft targets are to be distilled.
     """
     data = load(settings.data, settings.train.seed)
     model = build(settings, data).to(memory_format=torch.channels_last)
     if start is not None:
-        model.load_state_dict(start.payload["model_state_dict"])
-        run.note(parents=[{"path": str(start.path), "sha256": start.sha256}])
+        load_state(model, start.payload["model_state_dict"], start.path)
     shared = list(model.feature_extractor.parameters())
     own = [weights for name, weights in model.named_parameters() if "feature_extractor" not in name]
     groups = [{"params": shared}, {"params": own}]
     optimizer = build_optimizer(settings.optim, groups)
     schedule = build_schedule(settings.schedule, settings.optim.lr, settings.train.epochs)
-    loop = run.loop(model, data.train, optimizer, schedule, MONITOR)
+    loop = run.loop(model, data.train, optimizer, schedule, MONITOR, smallest=2)
     owners = data.owners.to(run.device)
     log.info("%s: %d images, %d classes", run.folder, len(data.train), len(data.class_names))
-    loop.rehearse(lambda: _judge(loop, data, 1))
+    loop.rehearse(lambda: _examined(loop, data, 1))
 
     for step in loop:
         images, labels = step.batch
-        _prepare(loop, settings, step)
+        _prepare(loop, model, step)
         output = loop.model(images)
         usage = over_processes(output.gates, run)
         shares = over_processes(one_hot(output.gates.argmax(1), owners.shape[1]).float(), run)
+        targets = _soft_targets(teachers, images, labels, data, settings)
         terms = settings.loss.model_dump()
-        loss, parts = moe_loss(output, labels, owners, usage=usage, shares=shares, **terms)
+        loss, parts = moe_loss(
+            output, labels, owners, usage=usage, shares=shares, targets=targets, **terms
+        )
         accuracy = (output.logits.argmax(1) == labels).float().mean()
         step.update(loss, **parts, accuracy=accuracy)
         if step.ends_epoch:
-            best = step.score(_judge(loop, data))
-            _save(loop, data, step.epoch + 1, best=best)
+            examined = _examined(loop, data)
+            best = step.score(epoch_scores(examined, data.owners, float(model.temperature)))
+            _save(loop, model, data, step.epoch + 1, best=best)
+            _analyse(loop, data, examined, step.epoch + 1)
 
-    _finish(loop, data)
+    _finish(loop, model, data)
 
 
 def build(settings: TaskmoeSettings, data: Data) -> MergedMoE:
@@ -81,7 +103,8 @@ def build(settings: TaskmoeSettings, data: Data) -> MergedMoE:
     if settings.model.num_experts != experts:
         raise UserError(
             f"model.num_experts is {settings.model.num_experts}, but the task has {experts}"
-            " specialists"
+            " specialists",
+            f"--num-experts {experts}",
         )
     seed_all(settings.train.seed, "init")
     model = settings.model.model_dump()
@@ -90,16 +113,19 @@ def build(settings: TaskmoeSettings, data: Data) -> MergedMoE:
     )
 
 
-def _prepare(loop: Loop, settings: TaskmoeSettings, step: Step) -> None:
+def _prepare(loop: Loop, model: MergedMoE, step: Step) -> None:
     """Set what depends on the epoch: the temperature, and whether the shared layers stand still."""
-    gate, model = settings.gate, loop.module
+    settings = loop.run.settings
+    gate, ends = settings.gate, (settings.gate.initial_temperature, settings.gate.final_temperature)
     epochs = gate.anneal_epochs or settings.train.epochs
-    ends = (gate.initial_temperature, gate.final_temperature)
     model.temperature.fill_(temperature_at(step.epoch, epochs, *ends, gate.schedule))
-    frozen = step.epoch < settings.train.freeze_extractor_epochs
-    model.feature_extractor.train(not frozen)
-    if frozen:
+    if step.epoch < settings.train.freeze_extractor_epochs:
+        model.feature_extractor.eval()
         loop.optimizer.param_groups[0]["lr"] = 0.0
+    elif not model.feature_extractor.training:
+        model.feature_extractor.train()
+    if loop.run.is_main and loop.batch == 0 and step.epoch and step.epoch % _CURVE_EVERY == 0:
+        draw_curve(loop.run.folder)
 
 
 def over_processes(gates: Tensor, run: Run[Any]) -> Tensor:
@@ -118,31 +144,40 @@ def over_processes(gates: Tensor, run: Run[Any]) -> Tensor:
     return own + (total / count - own).detach()
 
 
-def _judge(loop: Loop, data: Data, batches: int = 0) -> dict[str, float | None]:
-    """Measure the mixture on the images that choose the best epoch."""
+@torch.no_grad()
+def _soft_targets(
+    teachers: Sequence[Member], images: Tensor, labels: Tensor, data: Data, settings: Any
+) -> Tensor | None:
+    """Return what the owners of each image's class make of it, (B, C), for distillation."""
+    if not teachers:
+        return None
+    classes = len(data.class_names)
+    logits = images.new_zeros(len(images), len(teachers), classes)
+    for number, member in enumerate(teachers):
+        rows = [data.class_ids.index(id) for id in member.class_ids]
+        logits[:, number, rows] = member.ask(images, (data.mean, data.std)).to(logits)
+    return owner_targets(logits, labels, data.owners, settings.loss.distill_temperature)
+
+
+def _examined(loop: Loop, data: Data, batches: int = 0) -> Examined:
+    """Examine the images that choose the best epoch."""
     settings = loop.run.settings
-    model = loop.evaluating()
     source = data.test if settings.train.select_on == "test" else data.val
-    experts = data.owners.shape[1]
+    model: Any = loop.evaluating()
+    return examine(model, source, loop.run.accelerator, settings.eval.batch_size, batches)
 
-    def forward(images: Tensor) -> Tensor:
-        output = model(images)
-        return torch.cat([output.logits, output.gates], 1)
 
-    found, labels = predict(
-        forward, source, loop.run.accelerator, settings.eval.batch_size, batches
-    )
-    logits, gates = found[:, :-experts], found[:, -experts:]
-    usage = gates.mean(0)
-    owned = (gates * data.owners[labels]).sum(1)
+def epoch_scores(examined: Examined, owners: Tensor, temperature: float) -> dict[str, float | None]:
+    """Return the validation scores of one epoch."""
+    logits, gates, labels = examined.logits(), examined.gates, examined.labels
     return {
         "val/loss": negative_log_likelihood(logits.softmax(1), labels),
         "val/accuracy": scores.accuracy(logits.argmax(1), labels),
-        "val/owner_alignment": float(owned.mean()),
-        "val/effective_experts": float((1 / gates.square().sum(1)).mean()),
-        "val/gate_entropy": float(torch.special.entr(gates).sum(1).mean()),
-        "temperature": float(model.temperature),
-        **{f"val/usage_expert_{number}": float(share) for number, share in enumerate(usage)},
+        "val/owner_alignment": float((gates * owners[labels]).sum(1).mean()),
+        "val/effective_gates": float(effective_experts(gates)),
+        "val/gate_entropy": float(gate_entropy(gates)),
+        "temperature": temperature,
+        **{f"val/usage_expert_{number}": float(x) for number, x in enumerate(gates.mean(0))},
     }
 
 
@@ -163,59 +198,114 @@ def facts_of(settings: TaskmoeSettings, data: Data) -> dict[str, Any]:
     }
 
 
-def _save(loop: Loop, data: Data, epoch: int, *, best: bool) -> None:
+def _save(loop: Loop, model: MergedMoE, data: Data, epoch: int, *, best: bool) -> None:
     run, settings = loop.run, loop.run.settings
     last = epoch == settings.train.epochs or loop.patience_ends
     if not (best or last):
         return
-    facts = facts_of(settings, data)
-    temperature = float(loop.module.temperature)
+    temperature = float(model.temperature)
+    facts = {**facts_of(settings, data), "temperature": temperature}
+    kept = ("label_map", "class_names", "owners", "mean", "std", "image_size", "temperature")
     payload = {
         "epoch": epoch,
-        "model_state_dict": loop.module.state_dict(),
+        "model_state_dict": model.state_dict(),
         "optimizer_state_dict": loop.optimizer.state_dict(),
         "accuracy": 100 * loop.best["value"],
         "config": dump(settings),
         "format_version": 1,
-        "temperature": temperature,
-        **{name: facts[name] for name in ("label_map", "class_names", "owners", "mean", "std")},
-        "image_size": data.image_size,
+        **{name: facts[name] for name in kept},
     }
-    facts["temperature"] = temperature
     if last:
         run.save_weights("last.pth", payload, facts, epoch=epoch)
     if best:
         run.save_weights("best_model.pth", payload, facts, epoch=epoch, best=True)
 
 
-def _finish(loop: Loop, data: Data) -> None:
+def _analyse(loop: Loop, data: Data, examined: Examined, epoch: int) -> None:
+    """Draw what the experts do: after the first epoch, and after every interval."""
+    every = loop.run.settings.train.expert_analysis_interval
+    if loop.run.is_main and every and (epoch == 1 or epoch % every == 0):
+        document = analysis.summary(examined, data.owners)
+        owners = data.owners.int().tolist()
+        found = {"epoch": epoch, "class_names": data.class_names, "owners": owners, **document}
+        write_json(loop.run.folder / "expert_analysis.json", found)
+        draw_analysis(loop.run.folder, found, f"expert_analysis_epoch{epoch}.png")
+
+
+def _finish(loop: Loop, model: MergedMoE, data: Data) -> None:
     """Test the best weights, and write what the original's document lists."""
     run = loop.run
-    settings = run.settings
     weights = artefact.load(run.folder / "best_model.pth")
-    loop.module.load_state_dict(weights.payload["model_state_dict"])
-    model, experts = loop.evaluating(), data.owners.shape[1]
-    logits, labels = predict(
-        lambda images: model(images).logits, data.test, run.accelerator, settings.eval.batch_size
+    load_state(model, weights.payload["model_state_dict"], weights.path)
+    loop.evaluating()
+    opened = Opened(
+        model=model,
+        settings=run.settings,
+        accelerator=run.accelerator,
+        facts=weights.facts,
+        weights={
+            "file": "best_model.pth",
+            "sha256": weights.sha256,
+            "epoch": weights.facts["epoch"],
+        },
+        folder=run.folder,
+        tag="best",
+        loaded=data,
     )
-    document = measure(logits, labels, data.class_names, data.owners)
-    overall = document["overall_accuracy"]
+    examined = opened.examine()
+    document = evaluate(opened, examined)
+    run.note(scores={"best": _headline(document)})
+    if run.is_main:
+        write_evaluation(run.folder / "evals" / "test@best", opened, examined, document)
+        _write_results(loop, data, weights.facts, document)
+        run.note(wall_seconds=round(run.elapsed_seconds, 3))
+        report(run.folder)
+    log.info(
+        "best epoch %d (temperature %.2f): %.2f %% of %d test images",
+        weights.facts["epoch"],
+        weights.facts["temperature"],
+        document["overall_accuracy"],
+        document["n"],
+    )
+
+
+def _headline(document: dict[str, Any]) -> dict[str, Any]:
+    names = ("overall_accuracy", "macro_accuracy", "group_accuracy", "nll", "ece15")
+    return {"epoch": document["weights"]["epoch"], **{name: document[name] for name in names}}
+
+
+def _write_results(loop: Loop, data: Data, facts: dict[str, Any], document: dict[str, Any]) -> None:
+    """Write results.json and config.json with the keys of the original."""
+    run, settings = loop.run, loop.run.settings
+    rows = [row for row in loop.metrics.rows() if row.get("train/loss")]
     results = {
         "best_accuracy": 100 * loop.best["value"],
-        "best_epoch": weights.facts["epoch"],
-        "best_temperature": weights.facts["temperature"],
         "total_epochs": loop.epoch,
         "early_stopped": loop.patience_ends,
+        "final_train_loss": float(rows[-1]["train/loss"]),
+        "final_train_accuracy": 100 * float(rows[-1]["train/accuracy"]),
+        "final_test_accuracy": document["overall_accuracy"],
+        "best_epoch": facts["epoch"],
+        "best_temperature": facts["temperature"],
         "selected_on": settings.train.select_on,
-        "experts": experts,
         "test": document,
     }
-    run.note(scores={"best": {"epoch": results["best_epoch"], "test": overall}})
-    if run.is_main:
-        write_json(run.folder / "results.json", results)
-        write_json(run.folder / "config.json", dump(settings))
-    log.info(
-        "best epoch %d: %.2f %% of the test images",
-        results["best_epoch"],
-        overall,
-    )
+    config = {
+        "model_name": run.record["name"],
+        "task": settings.data.task,
+        "num_epochs": settings.train.epochs,
+        "learning_rate": settings.optim.lr,
+        "weight_decay": settings.optim.weight_decay,
+        "patience": settings.train.patience,
+        "num_experts": settings.model.num_experts,
+        "num_classes": len(data.class_names),
+        "timestamp": run.record["started"],
+        "expert_analysis_interval": settings.train.expert_analysis_interval,
+        "diversity_weight": settings.loss.diversity_weight,
+        "balance_weight": settings.loss.balance_weight,
+        "initial_temperature": settings.gate.initial_temperature,
+        "final_temperature": settings.gate.final_temperature,
+        "settings": dump(settings),
+    }
+    write_json(run.folder / "results.json", results)
+    write_json(run.folder / "config.json", config)

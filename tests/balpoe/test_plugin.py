@@ -342,7 +342,7 @@ def test_logits_of_any_classifier_become_a_run(balpoe: Call) -> None:
 def test_a_run_of_logits_is_a_run_like_others(
     balpoe: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plot, "_save", lambda _, path: path.write_bytes(b""))
+    monkeypatch.setattr(plot, "write_png", lambda _, path: path.write_bytes(b""))
     first = balpoe("plugin", "--logits", file_of(), "--out", "theirs", *BASE)[1].strip()
     assert first == f"theirs/plugins/plugin/{FILE}"
     before = document_of(first)

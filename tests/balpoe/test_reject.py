@@ -289,7 +289,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setattr(plot, "_save", lambda _, path: path.write_bytes(b""))
+        patch.setattr(plot, "write_png", lambda _, path: path.write_bytes(b""))
         assert _run(["balpoe", "train", *words, "--out", str(folder)]) == 0
         fit = ["--run", str(folder), "--rates", "0.3", "--quiet"]
         assert _run(["balpoe", "plugin", *fit]) == 0

@@ -84,7 +84,7 @@ def drawing() -> None:
 def quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave pictures empty where only the text matters, for rendering takes most of the time."""
     if "drawing" not in request.fixturenames:
-        monkeypatch.setattr(plot, "_save", lambda _, path: path.write_bytes(b""))
+        monkeypatch.setattr(plot, "write_png", lambda _, path: path.write_bytes(b""))
 
 
 @pytest.fixture

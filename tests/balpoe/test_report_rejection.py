@@ -24,7 +24,7 @@ def drawing() -> None:
 def quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave pictures empty where only their number matters."""
     if "drawing" not in request.fixturenames:
-        monkeypatch.setattr(plot, "_save", lambda _, path: path.write_bytes(b""))
+        monkeypatch.setattr(plot, "write_png", lambda _, path: path.write_bytes(b""))
 
 
 def method(place: int, names: list[str], reject: bool = True) -> dict[str, Any]:

@@ -40,7 +40,7 @@ def run(toy: ModuleType, received: dict[str, Any]) -> Any:
         toy.ToySettings,
         (),
         train=False,
-        run_alias="--experts-dir",
+        alias="--experts-dir",
         standalone=("file", "other"),
     )
     def apply(

@@ -82,11 +82,11 @@ def test_common_options_are_the_ones_that_are_taken_out_again(train: bool) -> No
     assert ({"name", "out", "resume"} <= names) == train
 
 
-def spellings(train: bool, run_alias: str) -> dict[str, tuple[str, ...]]:
+def spellings(train: bool, alias: str) -> dict[str, tuple[str, ...]]:
     """Return how each common option may be written."""
     found = {
         option.name: get_args(option.annotation)[1]
-        for option in options.common_options("balpoe", train, run_alias)
+        for option in options.common_options("balpoe", train, alias)
     }
     return {name: (option.default, *option.param_decls) for name, option in found.items()}
 

@@ -1,3 +1,4 @@
+import json
 import math
 
 import pytest
@@ -149,3 +150,70 @@ def test_a_single_expert_is_always_used() -> None:
     assert document["effective_experts"] == pytest.approx(1)
     assert document["owner_alignment"] == pytest.approx(1)
     assert document["specialisation"] == pytest.approx(0, abs=1e-12)
+
+
+def test_attributions_are_the_means_over_each_class() -> None:
+    found = examined(experts=3)
+    parts = attribution(found)
+    for c in range(4):
+        mine = [row for row, label in enumerate(found.labels.tolist()) if label == c]
+        for expert in range(3):
+            own = [found.gates[i, expert] * found.expert_logits[i, expert, c] for i in mine]
+            assert float(parts["experts"][c, expert]) == pytest.approx(float(sum(own)) / len(mine))
+        by_pass = sum(float(found.by_pass[i, c]) for i in mine) / len(mine)
+        assert float(parts["by_pass"][c]) == pytest.approx(by_pass)
+        assert float(parts["bias"][c]) == float(found.bias[c])
+
+
+def test_forced_accuracy_among_own_classes_is_that_of_a_plain_loop() -> None:
+    found = examined()
+    own = forced_accuracy(found, OWNERS)
+    for expert, classes in enumerate(([0, 1, 3], [2, 3])):
+        for c in classes:
+            mine = [row for row, label in enumerate(found.labels.tolist()) if label == c]
+            gates = torch.eye(2, dtype=torch.float64)[expert]
+            logits = [dict(enumerate(row)) for row in found.logits(gates).tolist()]
+            hits = sum(max(classes, key=logits[row].__getitem__) == c for row in mine)
+            assert float(own[expert, c]) == pytest.approx(hits / len(mine))
+
+
+def test_specialisation_weighs_classes_by_their_images() -> None:
+    """Against the sum over the joint table of class and expert."""
+    found = routed([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3], [0.1, 0.9]], [0, 0, 0, 1])
+    joint = [[0.75 * 0.8, 0.75 * 0.2], [0.25 * 0.1, 0.25 * 0.9]]
+    experts = [joint[0][j] + joint[1][j] for j in range(2)]
+    expected = sum(
+        joint[c][j] * math.log(joint[c][j] / (share * experts[j]))
+        for c, share in enumerate((0.75, 0.25))
+        for j in range(2)
+    )
+    assert specialisation(found) == pytest.approx(expected)
+
+
+def test_the_order_of_the_experts_only_reorders_the_rows() -> None:
+    found, order = examined(experts=3), [2, 0, 1]
+    moved = Examined(
+        found.expert_logits[:, order],
+        found.by_pass,
+        found.bias,
+        found.gate_logits[:, order],
+        found.gates[:, order],
+        found.labels,
+    )
+    owners = torch.tensor([[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0]])
+    plain, other = summary(found, owners), summary(moved, owners[:, order])
+    for name in ("contribution", "routing_share", "forced_accuracy", "knock_out", "usage"):
+        expected = torch.tensor(plain[name], dtype=torch.float64)[order]
+        torch.testing.assert_close(torch.tensor(other[name], dtype=torch.float64), expected)
+    for name in ("specialisation", "owner_alignment", "effective_experts", "ablations"):
+        assert other[name] == pytest.approx(plain[name])
+
+
+def test_a_summary_is_fit_for_a_file() -> None:
+    found = routed([[1, 0], [0.5, 0.5], [0.5, 0.5]], [0, 1, 1], classes=3)
+    document = summary(found, torch.tensor([[1, 0], [0, 1], [0, 1]]))
+    assert json.loads(json.dumps(document, allow_nan=False)) == document
+    assert document["usage"] == pytest.approx([2 / 3, 1 / 3])
+    assert document["effective_experts"] == pytest.approx((1 + 2 + 2) / 3)
+    assert document["owner_alignment"] == pytest.approx((1 + 0.5) / 2)
+    assert document["forced_accuracy_own"][0][1:] == [None, None]

@@ -1,0 +1,188 @@
+"""Opening a trained mixture, and what it says about images, in one pass."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from moectl.engine.command import Request
+from moectl.engine.errors import UserError
+from moectl.engine.inference import predict
+from moectl.engine.launch import build_accelerator
+from moectl.engine.references import all_runs, find_weights, split_reference
+from moectl.engine.run import read_record
+from moectl.engine.settings import dump, flatten, resolve
+from moectl.engine.sources import Source
+from moectl.taskmoe.analysis import Examined
+from moectl.taskmoe.data import Data, load
+from moectl.taskmoe.model import MergedMoE
+from moectl.taskmoe.settings import TaskmoeSettings
+from moectl.taskmoe.weights import read_mixture, rebuild
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+@dataclass
+class Opened:
+    """A trained mixture, and how to reach the data that it is measured on."""
+
+    model: MergedMoE
+    """In evaluation mode, on the accelerator's device."""
+    settings: TaskmoeSettings
+    accelerator: "Accelerator"
+    facts: dict[str, Any]
+    """What rebuilds the model, and its classes."""
+    weights: dict[str, Any]
+    """`file`, `sha256` and `epoch`."""
+    folder: Path
+    """Where its results go: the run, or the folder of the file."""
+    tag: str
+    """`best`, `last`, `epoch10` … or the name of the file."""
+    loaded: Data | None = None
+
+    @property
+    def data(self) -> Data:
+        """The task's data, normalised as in the training; loaded when it is first asked for.
+
+        Raises:
+            UserError: if it is not there, or has other classes than the weights.
+        """
+        if self.loaded is None:
+            self.loaded = _data_of(self.settings, self.facts, self.weights["file"])
+        return self.loaded
+
+    def examine(self, source: Source | None = None) -> Examined:
+        """Return what the logits of the test images, or of others, are made of."""
+        source = self.data.test if source is None else source
+        return examine(self.model, source, self.accelerator, self.settings.eval.batch_size)
+
+
+def open_mixture(request: Request, checkpoint: Path | None, temperature: float | None) -> Opened:
+    """Open the mixture that a command asks for.
+
+    Args:
+        request: the run, if one is read, and the settings.
+        checkpoint: a file to open instead.
+        temperature: of the gates; that of the weights if None.
+
+    Raises:
+        UserError: if the weights are not those of a mixture, or their data is not there.
+    """
+    settings: Any = request.settings
+    reference = request.run
+    if checkpoint is None and not split_reference(reference)[1] and not Path(reference).is_file():
+        reference = f"{request.folder}@best"
+    path = checkpoint or find_weights(reference, "taskmoe")
+    weights = read_mixture(path, settings)
+    facts = weights.facts
+    if temperature is not None and temperature <= 0:
+        raise UserError(f"--temperature {temperature}: expected a number above 0")
+    record = path.parent / "run.json"
+    precision = str(read_record(path.parent)["precision"]) if record.is_file() else ""
+    accelerator = build_accelerator(settings.train, request.cpu, precision)
+    model = rebuild(weights).to(accelerator.device)
+    if temperature is not None:
+        model.temperature.fill_(temperature)
+    epoch = int(facts.get("epoch", 0))
+    tag = split_reference(reference)[1] if checkpoint is None else path.stem
+    return Opened(
+        model=model,
+        settings=settings,
+        accelerator=accelerator,
+        facts=facts,
+        weights={"file": str(path), "sha256": weights.sha256, "epoch": epoch},
+        folder=path.parent,
+        tag=(f"epoch{tag}" if tag.isdigit() else tag) or path.stem,
+    )
+
+
+def _data_of(settings: TaskmoeSettings, facts: dict[str, Any], file: str) -> Data:
+    stored = (tuple(facts["mean"]), tuple(facts["std"])) if facts["mean"] else None
+    data = load(settings.data, settings.train.seed, stored)
+    if data.class_names != facts["class_names"]:
+        raise UserError(
+            f"{file}: has the classes {', '.join(facts['class_names'][:5])} …, the data of task"
+            f" {settings.data.task} {', '.join(data.class_names[:5])} …",
+            f"--set data.task={facts['task']} --set data.label_map={facts['label_map']}",
+        )
+    return data
+
+
+def for_task(request: Request, task: str) -> Request:
+    """Turn a request for the newest run, or for a file, into one for a task.
+
+    Args:
+        request: as it came; left alone if no task is named.
+        task: whose newest finished training is wanted.
+
+    Raises:
+        UserError: if there is none, or the run that the request names is of another task.
+    """
+    settings: Any = request.settings
+    if not task:
+        return request
+    if request.folder is None:
+        data = settings.data.model_copy(update={"task": task})
+        return replace(request, settings=settings.model_copy(update={"data": data}))
+    if request.run != "latest":
+        if settings.data.task != task:
+            raise UserError(f"{request.folder}: is of task {settings.data.task}, not {task}")
+        return request
+    for folder, record in all_runs("taskmoe"):
+        if record.get("command") == "train" and record.get("status") == "finished":
+            own = _resolved(request, folder)
+            if own.data.task == task:
+                return replace(request, folder=folder, run=f"{folder}@best", settings=own)
+    raise UserError(
+        f"task {task}: no finished run of the training", f"moectl taskmoe train --task {task}"
+    )
+
+
+def _resolved(request: Request, folder: Path) -> TaskmoeSettings:
+    """Return the settings of a run, with what the request itself asks for on top."""
+    values = flatten(dump(request.settings))
+    kept = ("default", "settings.toml")
+    asked = {key: values[key] for key, place in request.origin.items() if place not in kept}
+    return resolve(TaskmoeSettings, asked, [], [folder / "settings.toml"])[0]
+
+
+def examine(
+    model: MergedMoE,
+    source: Source,
+    accelerator: "Accelerator",
+    batch_size: int,
+    batches: int = 0,
+) -> Examined:
+    """Compute what the logits of all images are made of; they follow for any gates.
+
+    Args:
+        model: in evaluation mode.
+        source: the images.
+        accelerator: devices and processes, over which the images are dealt.
+        batch_size: images per forward pass.
+        batches: stop after so many; 0 takes all.
+    """
+    bias: list[Tensor] = []
+
+    def forward(images: Tensor) -> Tensor:
+        parts = model.parts(images)
+        experts, by_pass, constant = model.split_logits(parts)
+        bias.append(constant)
+        gates = model.route(parts.gate_logits)
+        return torch.cat([experts.flatten(1), by_pass, parts.gate_logits.float(), gates.float()], 1)
+
+    found, labels = predict(forward, source, accelerator, batch_size, batches)
+    experts, classes = len(model.experts), len(bias[0])
+    sizes = [experts * classes, classes, experts, experts]
+    logits, by_pass, gate_logits, gates = torch.split(found, sizes, dim=1)
+    return Examined(
+        expert_logits=logits.view(-1, experts, classes),
+        by_pass=by_pass,
+        bias=bias[0].detach().float().cpu(),
+        gate_logits=gate_logits,
+        gates=gates,
+        labels=labels,
+    )

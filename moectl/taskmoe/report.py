@@ -1,0 +1,236 @@
+"""The report of a run: tables and pictures from the files of its folder alone."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from moectl.engine import plot
+from moectl.engine.files import write_text
+from moectl.engine.report import image, paragraphs, percent, run_lines, settings_table, table
+from moectl.engine.settings import flatten
+from moectl.engine.toml import read_toml
+from moectl.engine.tracking import MetricsFile, loads_or_none
+from moectl.taskmoe.heat_maps import expert_analysis
+from moectl.taskmoe.pictures import learning_curve
+from moectl.taskmoe.published import PUBLISHED
+from moectl.taskmoe.settings import TaskmoeSettings
+
+_PARTS = {
+    "full": "whole model",
+    "gating_only": "gating features alone",
+    "experts_only": "experts alone",
+    "uniform_gate": "equal gates",
+    "top1_gate": "largest gate alone",
+}
+
+
+def report(folder: Path) -> None:
+    """Write `plots/*.png` and `report.md` from what the folder of a run holds."""
+    (folder / "plots").mkdir(exist_ok=True)
+    draw_curve(folder)
+    settings = folder / "settings.toml"
+    record = loads_or_none(folder / "run.json") or {}
+    found = read_toml(settings) if settings.exists() else {}
+    parts = [
+        run_lines(folder.resolve().name, record),
+        settings_table(flatten(found), TaskmoeSettings(), record),
+        _specialist(loads_or_none(folder / "summary.json") or {}),
+        _merge(loads_or_none(folder / "merge_report.json") or {}),
+    ]
+    evaluations = sorted(folder.glob("evals/test@*/results.json"))
+    for path in evaluations:
+        if document := loads_or_none(path):
+            parts += _evaluation(document, f"weights `{path.parent.name.partition('@')[2]}`")
+    pictures = [*folder.glob("plots/*.png"), *folder.glob("evals/*/*.png")]
+    parts += ["## Pictures"] if pictures else []
+    parts += [image(str(path.relative_to(folder)), _caption(path)) for path in sorted(pictures)]
+    write_text(folder / "report.md", paragraphs(parts))
+
+
+def draw_curve(folder: Path) -> None:
+    """Draw `plots/learning_curve.png` from metrics.csv, if an epoch is done."""
+    rows = [row for row in MetricsFile(folder / "metrics.csv").rows() if row.get("train/loss")]
+    if not rows:
+        return
+    scored = [row for row in rows if row.get("val/accuracy")]
+    best = max(scored, key=lambda row: float(row["val/accuracy"]), default=None)
+    (folder / "plots").mkdir(exist_ok=True)
+    epoch = int(best["epoch"]) if best else None
+    learning_curve(folder / "plots" / "learning_curve.png", rows, epoch)
+
+
+def draw_analysis(folder: Path, document: Mapping[str, Any], name: str) -> None:
+    """Draw what the experts do as `plots/NAME`."""
+    (folder / "plots").mkdir(exist_ok=True)
+    path = folder / "plots" / name
+    expert_analysis(path, document, document["class_names"], document["owners"])
+
+
+def draw_confusion(path: Path, document: Mapping[str, Any]) -> None:
+    """Draw the confusion matrix of an evaluation."""
+    shares = [
+        [count / sum(row) for count in row] if sum(row) else [None] * len(row)
+        for row in document["confusion"]
+    ]
+    labels = {"x_label": "predicted class", "y_label": "true class"}
+    title = "Confusion, percent of each row"
+    plot.heat_map(path, shares, title=title, names=document["class_names"], **labels)
+
+
+def evaluation_text(document: Mapping[str, Any]) -> str:
+    """Write the report of one evaluation, to lie beside its pictures."""
+    names = ("sample_predictions.png", "expert_analysis.png", "confusion_matrix.png")
+    title = f"# Task {document['task']}"
+    pictures = [image(name, _caption(Path(name))) for name in names]
+    return paragraphs([title, *_evaluation(document, "test images"), *pictures])
+
+
+def _caption(path: Path) -> str:
+    return path.stem.replace("_", " ")
+
+
+def _specialist(summary: Mapping[str, Any]) -> str:
+    found = summary.get("best")
+    if not found:
+        return ""
+    rows = [[name, percent(share)] for name, share in found["classes"].items()]
+    rows.append(["all", percent(found["accuracy"])])
+    where = f"{found['images']} test images of its classes, weights of epoch {found['epoch']}."
+    return f"## Results\n\nPercent of the {where}\n\n" + table(("class", "accuracy"), rows)
+
+
+def _merge(document: Mapping[str, Any]) -> str:
+    if not document:
+        return ""
+    experts = range(len(document["step_zero"]["own_accuracy"]))
+    rows: list[list[object]] = []
+    for name, words in (("step_zero", "merged"), ("random_control", "random weights")):
+        found = document[name]
+        own = [percent(share) for share in found["own_accuracy"]]
+        rows.append([words, percent(found["union_accuracy"]), *own])
+    chance = document["step_zero"]
+    rows.append(["chance", percent(chance["union_chance"]), *map(percent, chance["own_chance"])])
+    columns = ("", "all classes", *(f"expert {number} on its own" for number in experts))
+    groups = list(document["correlations"][0]) if document["correlations"] else []
+    gains = [
+        [
+            name,
+            *(
+                f"{part[name]['before']:.2f} → {part[name]['after']:.2f}"
+                for part in document["correlations"]
+            ),
+        ]
+        for name in groups
+    ]
+    matched = [f"specialist {number}" for number in range(2, len(document["correlations"]) + 2)]
+    layers = [
+        [layer, *(f"{value:.3f}" for value in each)]
+        for layer, each in document["distances"].items()
+    ]
+    sizes = [[name, f"{count:,}"] for name, count in document["parameters"].items()]
+    return paragraphs(
+        [
+            "## Before any training",
+            f"Percent of {chance['images']} {document['measured_on']}; on its own: among the"
+            " classes of a specialist, all images of which go to its expert.",
+            table(columns, rows),
+            *(
+                (
+                    "Mean correlation of the channels with the first specialist's, as trained and"
+                    " as matched:",
+                    table(("channels", *matched), gains),
+                )
+                if gains
+                else ()
+            ),
+            "Distance of each specialist's weights to their mean, relative to that:",
+            table(("layer", *(f"specialist {number + 1}" for number in experts)), layers),
+            "Parameters:",
+            table(("part", "parameters"), sizes),
+        ]
+    )
+
+
+def _evaluation(document: Mapping[str, Any], what: str) -> list[str]:
+    return [
+        _headline(document, what),
+        _classes(document),
+        _groups(document),
+        _experts(document),
+    ]
+
+
+def _headline(document: Mapping[str, Any], what: str) -> str:
+    low, high = document["interval"]
+    shares = [document["macro_accuracy"], document["group_accuracy"]]
+    within = document["within_group_accuracy"]
+    rows: list[list[object]] = [
+        ["accuracy", f"{document['overall_accuracy']:.2f} [{low:.1f}, {high:.1f}]"],
+        ["mean over classes", f"{shares[0]:.2f}"],
+        ["right group of classes", f"{shares[1]:.2f}"],
+        ["right class within it", None if within is None else f"{within:.2f}"],
+        ["ECE", f"{document['ece15']:.2f}"],
+        ["NLL", f"{document['nll']:.3f}"],
+        ["temperature of the gates", f"{document['temperature']:.3f}"],
+    ]
+    published = PUBLISHED.get(document["task"])
+    if published:
+        rows.append([f"published: {published.note}", f"{published.overall:.2f}"])
+    notes = [f"Percent of {document['n']} test images, 95 % interval after Wilson."]
+    if document["selected_on"] == "test":
+        notes.append("**The best epoch was chosen on these very images.**")
+    if document["count_shared_twice"]:
+        notes.append("Images of shared classes count as often as the files hold them.")
+    if document["leakage"]:
+        notes.append(f"{document['leakage']} of them are among the training images too.")
+    return paragraphs([f"## Results, {what}", " ".join(notes), table(("", ""), rows)])
+
+
+def _classes(document: Mapping[str, Any]) -> str:
+    published = PUBLISHED.get(document["task"])
+    rows = []
+    for name, accuracy in document["class_accuracies"].items():
+        found = document["classes"][name]
+        interval = f"{percent(found['wilson_low'])} – {percent(found['wilson_high'])}"
+        theirs = [published.classes.get(name)] if published else []
+        shown = None if accuracy is None else f"{accuracy:.1f}"
+        rows.append([name, found["n"], shown, interval, *theirs])
+    columns = ["class", "images", "accuracy", "95 % interval"] + ["published"] * bool(published)
+    confusions = ", ".join(
+        f"{one['true']} as {one['predicted']} ({one['n']})" for one in document["top_confusions"]
+    )
+    most = f"Most frequent confusions: {confusions}." if confusions else ""
+    return paragraphs(["### Classes", table(columns, rows), most])
+
+
+def _groups(document: Mapping[str, Any]) -> str:
+    def shown(values: Sequence[float | None]) -> list[str | None]:
+        return [None if value is None else f"{value:.2f}" for value in values]
+
+    rows: list[list[object]] = [
+        ["accuracy if only its classes may be chosen", *shown(document["per_task_accuracy"])],
+        ["mean gate", *(f"{share:.3f}" for share in document["usage"])],
+    ]
+    experts = [f"expert {number}" for number in range(len(document["usage"]))]
+    ablations = [[words, f"{document['ablations'][name]:.2f}"] for name, words in _PARTS.items()]
+    return paragraphs(
+        [
+            "### Experts and gates",
+            table(("", *experts), rows),
+            table(("what decides", "accuracy"), ablations),
+        ]
+    )
+
+
+def _experts(document: Mapping[str, Any]) -> str:
+    found = document["expert_analysis"]
+    matching = ", ".join(
+        f"expert {number} – specialist {owner + 1}"
+        for number, owner in enumerate(found["matching"])
+    )
+    return (
+        f"Experts an image uses on average: {found['effective_experts']:.2f}."
+        f" Mean gate of the owners of a class: {found['owner_alignment']:.3f}."
+        f" Information of expert and class: {found['specialisation']:.3f} nats."
+        f" Best matching: {matching}."
+    )
