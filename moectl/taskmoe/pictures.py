@@ -78,7 +78,7 @@ def learning_curve(
         if quantity == "accuracy":
             drawn |= _draw_temperature(axes, _curve(rows, "temperature"))
     if best_epoch is not None:
-        style = {"color": INK, "linestyle": "--", "linewidth": 1, "zorder": 1}
+        style: dict[str, Any] = {"color": INK, "linestyle": "--", "linewidth": 1, "zorder": 1}
         lines = [axes.axvline(best_epoch, **style) for axes in figure.axes[:2]]
         drawn[f"best epoch {best_epoch}"] = lines[0]
     figure.legend(list(drawn.values()), list(drawn), loc="outside lower center", ncols=4, **_PLAIN)

@@ -146,8 +146,8 @@ class TaskmoeTrain(TrainSection):
 class SpecialistSection(Section):
     """Which of the specialists is trained."""
 
-    number: Annotated[int, Flag("--specialist"), Field(ge=1)] = 1
-    """Its place in the manifest, from 1 on."""
+    number: Annotated[int, Flag("--specialist"), Field(ge=0)] = 1
+    """Its place in the manifest, from 1 on; 0 is one dense network of the mixture's size."""
 
 
 class EvalSection(Section):

@@ -16,8 +16,10 @@ from moectl.engine.optim import build_optimizer, build_schedule
 from moectl.engine.run import Run
 from moectl.engine.seeding import seed_all
 from moectl.engine.settings import dump
-from moectl.taskmoe.data import Data, load_specialist
-from moectl.taskmoe.model import Specialist
+from moectl.taskmoe.baselines import dense_width
+from moectl.taskmoe.data import Data, load, load_specialist
+from moectl.taskmoe.model import MergedMoE, Specialist
+from moectl.taskmoe.report import report
 from moectl.taskmoe.settings import TaskmoeSettings
 
 log = logging.getLogger(__name__)
@@ -27,14 +29,11 @@ MONITOR = "val/accuracy"
 
 def train_specialist(settings: TaskmoeSettings, run: Run[TaskmoeSettings]) -> None:
     """Train the specialist that the settings name; test its best epoch on its own classes."""
-    data = load_specialist(settings.data, settings.train.seed, settings.specialist.number - 1)
-    seed_all(settings.train.seed, "init")
-    classes = len(data.class_names)
-    model = Specialist(classes, settings.model.width, settings.model.dropout_expert)
-    model = model.to(memory_format=torch.channels_last)
+    data = load_classes(settings)
+    model = build(settings, data).to(memory_format=torch.channels_last)
     optimizer = build_optimizer(settings.optim, model.parameters())
     schedule = build_schedule(settings.schedule, settings.optim.lr, settings.train.epochs)
-    loop = run.loop(model, data.train, optimizer, schedule, MONITOR)
+    loop = run.loop(model, data.train, optimizer, schedule, MONITOR, smallest=2)
     log.info("%s: %s", run.folder, ", ".join(data.class_names))
     size = settings.eval.batch_size
     loop.rehearse(lambda: predict(loop.evaluating(), data.val, run.accelerator, size, 1))
@@ -59,16 +58,34 @@ def train_specialist(settings: TaskmoeSettings, run: Run[TaskmoeSettings]) -> No
     _finish(loop, data)
 
 
+def load_classes(settings: TaskmoeSettings) -> Data:
+    """Load what the specialist is to know; number 0 knows all classes."""
+    number, seed = settings.specialist.number, settings.train.seed
+    if number == 0:
+        return load(settings.data, seed)
+    return load_specialist(settings.data, seed, number - 1)
+
+
+def build(settings: TaskmoeSettings, data: Data) -> Specialist:
+    """Return the network with initial weights that depend on the seed alone."""
+    seed_all(settings.train.seed, "init")
+    return Specialist(**_arguments(settings, data))
+
+
+def _arguments(settings: TaskmoeSettings, data: Data) -> dict[str, Any]:
+    classes, model = len(data.class_names), settings.model
+    width = model.width
+    if settings.specialist.number == 0:  # as wide as has the weights of the mixture
+        mixture = MergedMoE(classes=classes, **model.model_dump())
+        width = dense_width(sum(part.numel() for part in mixture.parameters()), classes)
+    return {"classes": classes, "width": width, "dropout": model.dropout_expert}
+
+
 def facts_of(settings: TaskmoeSettings, data: Data) -> dict[str, Any]:
     """Return what rebuilds a specialist and reads its outputs, as plain types."""
-    model = settings.model
     return {
         "model": "Specialist",
-        "arguments": {
-            "classes": len(data.class_names),
-            "width": model.width,
-            "dropout": model.dropout_expert,
-        },
+        "arguments": _arguments(settings, data),
         "task": settings.data.task,
         "number": settings.specialist.number,
         "class_names": list(data.class_names),
@@ -121,6 +138,7 @@ def _finish(loop: Loop, data: Data) -> None:
     if run.is_main:
         write_json(run.folder / "summary.json", summary)
         write_json(run.folder / "config.json", dump(run.settings))
+        report(run.folder)
     log.info(
         "best epoch %d: %.1f %% of the test images of its classes",
         weights.facts["epoch"],

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moectl.engine import artefact
 from moectl.engine.artefact import Artefact
 from moectl.engine.errors import UserError
-from moectl.engine.files import is_file, is_folder, write_json
+from moectl.engine.files import is_file, is_folder, read_json, write_json
 from moectl.engine.references import all_runs, find_weights
 from moectl.engine.run import Run
 from moectl.engine.seeding import key
@@ -97,23 +96,28 @@ def _submodel_files(folder: Path, count: int) -> list[Path]:
 
 
 def _newest(task: str, count: int) -> list[Path]:
-    """Return the best weights of the newest finished run of each specialist."""
-    found: dict[int, Path] = {}
-    for folder, _ in _finished("specialist"):
-        path = find_weights(f"{folder}@best", "taskmoe")
-        facts = artefact.load(path).facts
-        if facts["task"] == task:
-            found.setdefault(int(facts["number"]), path)
-    missing = [str(number) for number in range(1, count + 1) if number not in found]
+    found = {number: newest_specialist(task, number) for number in range(1, count + 1)}
+    missing = [str(number) for number, path in found.items() if path is None]
     if missing:
         raise UserError(
             f"task {task}: no finished run of specialist {', '.join(missing)}",
             f"moectl taskmoe specialist --task {task} --specialist {missing[0]} trains one",
         )
-    return [found[number] for number in range(1, count + 1)]
+    return [path for path in found.values() if path is not None]
 
 
-def _finished(command: str) -> list[tuple[Path, dict[str, Any]]]:
+def newest_specialist(task: str, number: int) -> Path | None:
+    """Return the best weights of the newest finished run of a specialist; 0 for all classes."""
+    for folder, _ in finished("specialist"):
+        path = find_weights(f"{folder}@best", "taskmoe")
+        facts = read_json(path.with_name(f"{path.name}.json"))
+        if (facts["task"], facts["number"]) == (task, number):
+            return path
+    return None
+
+
+def finished(command: str) -> list[tuple[Path, dict[str, Any]]]:
+    """Return folder and record of the finished runs of a command, newest first."""
     return [
         (folder, record)
         for folder, record in all_runs("taskmoe")
@@ -158,9 +162,9 @@ def _find_merge(task: str, reference: str) -> Path | None:
     """Return the merged weights of a run; None if the original's folder of specialists is there."""
     if reference:
         return find_weights(best(reference), "taskmoe")
-    for folder, _ in _finished("merge"):
+    for folder, _ in finished("merge"):
         path = find_weights(f"{folder}@best", "taskmoe")
-        if artefact.load(path).facts["task"] == task:
+        if read_json(path.with_name(f"{path.name}.json"))["task"] == task:
             return path
     if is_folder(SUBMODELS / task):
         return None

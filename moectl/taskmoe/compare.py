@@ -1,0 +1,285 @@
+"""One table of the mixture and everything it must be weighed against, on the same test images.
+
+Letters: N images, E specialists, C classes.
+"""
+
+import logging
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from moectl.common.intervals import paired, wilson
+from moectl.engine import console
+from moectl.engine.command import RESUMABLE, Request
+from moectl.engine.errors import UserError
+from moectl.engine.files import csv_text, is_file, write_json, write_text
+from moectl.engine.inference import predict
+from moectl.engine.settings import dump, flatten, from_toml
+from moectl.engine.sources import Source
+from moectl.taskmoe.baselines import routing, union_logits
+from moectl.taskmoe.inference import Opened, examine, for_task, open_mixture
+from moectl.taskmoe.pictures import comparison
+from moectl.taskmoe.settings import TaskmoeSettings
+from moectl.taskmoe.stages import (
+    MERGED,
+    find_specialists,
+    finished,
+    merged,
+    merged_from,
+    newest_specialist,
+)
+from moectl.taskmoe.weights import Member, read_mixture, read_specialist, rebuild
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+log = logging.getLogger(__name__)
+
+NAMES = {
+    "oracle": "specialists, the owner of each image known",
+    "concatenated_logits": "specialists, highest logit",
+    "concatenated_softmax": "specialists, highest probability",
+    "calibrated_softmax": "the same, each calibrated",
+    "max_probability": "the specialist with the highest probability",
+    "entropy": "the specialist with the lowest entropy",
+    "average": "averaged and recalibrated, no training",
+    "align": "aligned, averaged and recalibrated, no training",
+    "start": "mixture before its training",
+    "mixture": "mixture",
+    "scratch": "mixture trained from random weights",
+    "dense": "one dense network of as many weights",
+}
+_HINTS = {
+    "start": "a training from --merged none has no start to compare with",
+    "scratch": "moectl taskmoe train --merged none trains it",
+    "dense": "moectl taskmoe specialist --specialist 0 trains it",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A classifier of the table."""
+
+    name: str
+    right: Tensor | None
+    """(N,) where it is right; None if there is no such run."""
+    note: str = ""
+
+
+def run_compare(
+    request: Request, task: str, references: Sequence[str], against: str
+) -> "tuple[dict[str, Any], Table]":
+    """Compare a trained mixture with its baselines, and write `evals/comparison@TAG/`.
+
+    Args:
+        request: the run, its weights and settings.
+        task: whose newest training is compared instead.
+        references: its specialists, if not those that it was merged from.
+        against: the row that the others are compared with.
+
+    Returns:
+        The JSON document, and a table.
+
+    Raises:
+        UserError: if the specialists are gone, or there is no such row.
+    """
+    if against not in NAMES:
+        raise UserError(f"--against {against}: no such row", f"one of {', '.join(NAMES)}")
+    opened = open_mixture(for_task(request, task), None, None)
+    members = _members(opened, references)
+    rows = {**_routed(opened, members), **_merged(opened, members), **_trained(opened)}
+    if rows[against].right is None:
+        raise UserError(f"--against {against}: {_HINTS[against]}")
+    document: dict[str, Any] = {
+        "weights": opened.weights,
+        "task": opened.settings.data.task,
+        "against": against,
+        "images": len(opened.data.test),
+        "own_classes": _own(opened, members),
+        "rows": _measured(rows, against, opened.settings),
+        "seeds": _seeds(opened),
+    }
+    folder = opened.folder / "evals" / f"comparison@{opened.tag}"
+    if opened.accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "comparison.json", document)
+        write_text(folder / "comparison.csv", csv_text(document["rows"]))
+        comparison(folder / "comparison.png", document["rows"])
+    for row in document["rows"]:
+        if row["accuracy"] is None:
+            log.info("%s: not measured; %s", row["name"], row["note"])
+    return {"folder": str(folder), **document}, _table(document)
+
+
+def _members(opened: Opened, references: Sequence[str]) -> list[Member]:
+    settings, start = opened.settings, opened.folder / MERGED
+    if references:
+        return find_specialists(settings, references)
+    return merged_from(settings, read_mixture(start, settings) if is_file(start) else None)
+
+
+def _union(opened: Opened, members: Sequence[Member], source: Source) -> Tensor:
+    """Return what all specialists make of all images, (N, E, C)."""
+    data, given = opened.data, (opened.data.mean, opened.data.std)
+    size, found, rows = opened.settings.eval.batch_size, [], []
+    for member in members:
+        member.model.to(opened.accelerator.device)
+        ask = partial(member.ask, statistics=given)
+        logits, _ = predict(ask, source, opened.accelerator, size)
+        found.append(logits)
+        rows.append([data.class_ids.index(id) for id in member.class_ids])
+    return union_logits(found, rows, len(data.class_names))
+
+
+def _routed(opened: Opened, members: Sequence[Member]) -> dict[str, Row]:
+    data = opened.data
+    logits, val = _union(opened, members, data.test), _union(opened, members, data.val)
+    labels = data.test.labels.cpu()
+    found = routing(logits, labels, data.owners, val_logits=val, val_labels=data.val.labels.cpu())
+    return {name: Row(NAMES[name], found[name] == labels) for name in NAMES if name in found}
+
+
+def _own(opened: Opened, members: Sequence[Member]) -> list[dict[str, Any]]:
+    """Return how each specialist does on the images of its own classes alone."""
+    data: Any = opened.data
+    logits, labels = _union(opened, members, data.test), data.test.labels.cpu()
+    described = []
+    for number, name in enumerate(data.facts["specialists"]):
+        mine = data.owners[labels, number].bool()
+        right = logits[mine, number].argmax(1) == labels[mine]
+        described.append({"specialist": name, "n": int(mine.sum()), **_share(right)})
+    return described
+
+
+def _merged(opened: Opened, members: Sequence[Member]) -> dict[str, Row]:
+    """Return the mixtures that no training has touched."""
+    rows = {}
+    for method in ("average", "align"):
+        plain = {"bn": "recalibrate", "classifier_init": "assembled", "gate_init": "uniform"}
+        section = opened.settings.merge.model_copy(update={"method": method, **plain})
+        settings = opened.settings.model_copy(update={"merge": section})
+        model, _ = merged(settings, opened.data, members, opened.accelerator.device)
+        rows[method] = Row(NAMES[method], _right(opened, replace(opened, model=model.eval())))
+    start = opened.folder / MERGED
+    if is_file(start):
+        model = rebuild(read_mixture(start, opened.settings)).to(opened.accelerator.device)
+        rows["start"] = Row(NAMES["start"], _right(opened, replace(opened, model=model)))
+    else:
+        rows["start"] = Row(NAMES["start"], None, _HINTS["start"])
+    return rows
+
+
+def _right(opened: Opened, other: Opened) -> Tensor:
+    found = examine(
+        other.model, opened.data.test, opened.accelerator, opened.settings.eval.batch_size
+    )
+    return found.logits().argmax(1) == found.labels
+
+
+def _trained(opened: Opened) -> dict[str, Row]:
+    """Return the mixture, and what else was trained on all classes."""
+    rows = {"mixture": Row(NAMES["mixture"], _right(opened, opened))}
+    for name, found in (("scratch", _scratch(opened)), ("dense", _dense(opened))):
+        hint = "" if found is not None else _HINTS[name]
+        rows[name] = Row(NAMES[name], found, hint)
+    return rows
+
+
+def _scratch(opened: Opened) -> Tensor | None:
+    for folder, record in finished("train"):
+        settings = from_toml(TaskmoeSettings, folder / "settings.toml")
+        same = (settings.data, settings.model) == (opened.settings.data, opened.settings.model)
+        if same and not record.get("parents"):
+            weights = read_mixture(folder / "best_model.pth", opened.settings)
+            model = rebuild(weights).to(opened.accelerator.device)
+            return _right(opened, replace(opened, model=model))
+    return None
+
+
+def _dense(opened: Opened) -> Tensor | None:
+    path = newest_specialist(opened.settings.data.task, 0)
+    if path is None:
+        return None
+    member = read_specialist(path, opened.settings, 0)
+    if member.class_ids != opened.data.class_ids:
+        return None
+    logits = _union(opened, [member], opened.data.test)[:, 0]
+    return logits.argmax(1) == opened.data.test.labels.cpu()
+
+
+def _share(right: Tensor) -> dict[str, float]:
+    hits, count = int(right.sum()), len(right)
+    low, high = wilson(hits, count)
+    return {"accuracy": 100 * hits / count, "low": 100 * low, "high": 100 * high}
+
+
+def _measured(
+    rows: Mapping[str, Row], against: str, settings: TaskmoeSettings
+) -> list[dict[str, Any]]:
+    reference = rows[against].right
+    assert reference is not None
+    described = []
+    for key in NAMES:
+        row = rows[key]
+        entry: dict[str, Any] = {"key": key, "name": row.name, "n": len(reference)}
+        if row.right is None:
+            entry |= dict.fromkeys(("accuracy", "low", "high", "difference"))
+            entry |= dict.fromkeys(("difference_low", "difference_high", "p_value"))
+        else:
+            section = settings.eval
+            gain = paired(row.right, reference, max(section.bootstrap, 1), section.seed)
+            entry |= _share(row.right)
+            entry |= {"difference": 100 * gain.difference, "p_value": gain.p_value}
+            entry |= {"difference_low": 100 * gain.low, "difference_high": 100 * gain.high}
+        described.append({**entry, "note": row.note})
+    return described
+
+
+def _seeds(opened: Opened) -> dict[str, Any]:
+    """Return mean and deviation over all trainings whose settings differ in the seed alone."""
+    found: dict[int, float] = {}
+    wanted = _without_seed(opened.settings)
+    for folder, record in finished("train"):
+        settings = from_toml(TaskmoeSettings, folder / "settings.toml")
+        accuracy = record.get("scores", {}).get("best", {}).get("overall_accuracy")
+        if accuracy is not None and _without_seed(settings) == wanted:
+            found.setdefault(settings.train.seed, float(accuracy))
+    values = list(found.values())
+    return {
+        "accuracies": {str(seed): value for seed, value in sorted(found.items())},
+        "mean": statistics.mean(values) if values else None,
+        "std": statistics.stdev(values) if len(values) > 1 else None,
+    }
+
+
+def _without_seed(settings: TaskmoeSettings) -> dict[str, Any]:
+    irrelevant = {*RESUMABLE, "train.seed"} - {"train.epochs"}
+    values = flatten(dump(settings))
+    sections = ("eval.", "specialist.")
+    return {
+        key: value
+        for key, value in values.items()
+        if key not in irrelevant and not key.startswith(sections)
+    }
+
+
+def _table(document: Mapping[str, Any]) -> "Table":
+    rows: list[list[object]] = [
+        [f"{one['specialist']}: its own classes", one["accuracy"], one["low"], one["high"]]
+        + [None] * 4
+        for one in document["own_classes"]
+    ]
+    keys = ("accuracy", "low", "high")
+    more = ("difference", "difference_low", "difference_high", "p_value")
+    rows += [[row["name"], *(row[key] for key in (*keys, *more))] for row in document["rows"]]
+    seeds = document["seeds"]
+    if seeds["std"] is not None:
+        count = len(seeds["accuracies"])
+        low, high = (seeds["mean"] + sign * seeds["std"] for sign in (-1, 1))
+        rows.append([f"mixture, {count} seeds ± deviation", seeds["mean"], low, high, *[None] * 4])
+    columns = ("", *keys, f"less {document['against']}", "low", "high", "McNemar p")
+    return console.table(columns, rows, f"Percent of {document['images']} test images")
