@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moectl.taskmoe.model import softmax_of_largest
+
 
 @dataclass(frozen=True)
 class Examined:
@@ -30,6 +32,8 @@ class Examined:
     """(N, E) rows with sum 1."""
     labels: Tensor
     """(N,)"""
+    top_k: int = 0
+    """Experts that act on an image; 0 for all."""
 
     def logits(self, gates: Tensor | None = None) -> Tensor:
         """Return the logits, (N, C), with these gates, (N, E) or (E,), or with the model's own."""
@@ -133,10 +137,18 @@ def owner_alignment(examined: Examined, owners: Tensor) -> float:
 
 
 def matching(examined: Examined, owners: Tensor) -> list[int]:
-    """Return for each expert the specialist whose classes it sees most, each taken once."""
+    """Return for each expert the specialist whose classes it sees most, each taken once.
+
+    Raises:
+        ValueError: if there are not as many experts as specialists.
+    """
     from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]
 
     seen = contribution(examined).nan_to_num(0.0) @ owners.double()  # (E, specialists)
+    if seen.shape[0] != seen.shape[1]:
+        raise ValueError(
+            f"{seen.shape[0]} experts cannot be matched to {seen.shape[1]} specialists"
+        )
     _, columns = linear_sum_assignment(seen.numpy(), maximize=True)
     return [int(column) for column in columns]
 
@@ -145,7 +157,7 @@ def temperature_sweep(examined: Examined, temperatures: Sequence[float]) -> list
     """Accuracy with the gates at each temperature."""
     found = []
     for temperature in temperatures:
-        gates = torch.softmax(examined.gate_logits / temperature, 1)
+        gates = softmax_of_largest(examined.gate_logits / temperature, examined.top_k)
         hits = examined.logits(gates).argmax(1) == examined.labels
         found.append(float(hits.double().mean()))
     return found

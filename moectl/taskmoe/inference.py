@@ -185,4 +185,5 @@ def examine(
         gate_logits=gate_logits,
         gates=gates,
         labels=labels,
+        top_k=model.top_k,
     )

@@ -304,10 +304,7 @@ class MergedMoE(nn.Module):
         scaled = gate_logits / self.temperature
         if self.training and self.gate_noise_std:
             scaled = scaled + self.gate_noise_std * torch.randn_like(scaled)
-        if self.top_k:
-            largest = scaled.topk(self.top_k, dim=1)
-            scaled = torch.full_like(scaled, -torch.inf).scatter(1, largest.indices, largest.values)
-        return scaled.softmax(1)
+        return softmax_of_largest(scaled, self.top_k)
 
     def _gate(self, trunk: Tensor) -> tuple[Tensor, Tensor]:
         """Return gate logits (B, E) and gating features (B, G)."""
@@ -329,8 +326,15 @@ class MergedMoE(nn.Module):
         return torch.stack([head(features[:, j]) for j, head in enumerate(self.heads)], 1)
 
 
-def _layers(width: int) -> list[nn.Module]:
-    """The layers that experts may share, at their places in `LAYERS`."""
+def softmax_of_largest(logits: Tensor, count: int) -> Tensor:
+    """Softmax over the largest logits of each row, (B, E), with zeros elsewhere; 0 keeps all."""
+    if count:
+        largest = logits.topk(count, dim=1)
+        logits = torch.full_like(logits, -torch.inf).scatter(1, largest.indices, largest.values)
+    return logits.softmax(1)
+
+
+def _layers(width: int) -> list[nn.Module]:  # at their places in LAYERS
     return [
         ConvBlock(3, width),
         ResidualBlock(width, 2 * width, depth=1),
@@ -362,10 +366,7 @@ def _without_autocast(x: Tensor) -> AbstractContextManager[object]:
 
 
 def load_original(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the weights of a public checkpoint for `MergedMoE.load_state_dict`.
-
-    Public checkpoints hold no temperature; theirs was 2 whenever they were read.
-    """
+    """Rename the weights of a public checkpoint for `MergedMoE`; its temperature was always 2."""
     # The two other names are those of checkpoints that mix logits.
     renamed = {
         name.removeprefix("module.")
@@ -379,8 +380,7 @@ def load_original(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def multiply_adds(model: nn.Module, size: int) -> dict[str, int]:
     """Count the multiply-adds for one image of `size` x `size` pixels, by part of the network.
 
-    Nothing is computed and the model is left alone: a copy without storage is traced. All experts
-    are counted, even if `top_k` lets some rest.
+    A copy without storage is traced; all experts are counted, even if `top_k` lets some rest.
     """
     counts = {name: 0 for name, _ in model.named_children()}
     traced = copy.deepcopy(model).to("meta").eval()

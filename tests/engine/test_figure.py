@@ -42,7 +42,7 @@ def test_no_figure_is_kept_by_the_library() -> None:
 
 def test_axes_take_their_cell_of_the_grid() -> None:
     figure = new_figure(4.0, 3.0)
-    labels = {"title": "", "x_label": "", "y_label": ""}
+    labels: Any = {"title": "", "x_label": "", "y_label": ""}
     first, last = (new_axes(figure, (2, 2, number), **labels) for number in (1, 4))
     figure.draw_without_rendering()
     one, other = first.get_position(), last.get_position()
@@ -55,17 +55,18 @@ def test_the_theme_is_in_the_picture(tmp_path: Path) -> None:
     axes.plot([0, 1], [0, 1], color=PALETTE[0], linewidth=4)
     write_png(axes.figure, tmp_path / "a.png")
     with Image.open(tmp_path / "a.png") as image:
-        found = {color for _, color in image.convert("RGB").getcolors(2**24)}
+        found = {color for _, color in image.convert("RGB").getcolors(2**24) or []}
     for wanted in (INK, GRID, PALETTE[0]):
         assert tuple(bytes.fromhex(wanted[1:])) in found, wanted
 
 
 @pytest.mark.parametrize("text", ["$\\bad$", "$x_$", "_", "鹿", "a\\b{"])
 def test_names_are_text_whatever_they_hold(text: str, tmp_path: Path) -> None:
-    axes = new_axes(new_figure(4, 3), (1, 1, 1), title=text, x_label=text, y_label=text)
+    figure = new_figure(4, 3)
+    axes = new_axes(figure, (1, 1, 1), title=text, x_label=text, y_label=text)
     for axis in "xy":
         name_axis(axes, axis, [text, "b"])
-    write_png(axes.figure, tmp_path / "a.png")
+    write_png(figure, tmp_path / "a.png")
     for labels in (axes.get_xticklabels(), axes.get_yticklabels()):
         assert [label.get_text() for label in labels] == [text, "b"]
     assert axes.get_title(loc="left") == text

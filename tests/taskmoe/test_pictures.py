@@ -65,7 +65,7 @@ def image(seed: int = 0) -> torch.Tensor:
 
 
 def sample(true: str = "hyena", predicted: str = "hyena", **more: Any) -> Sample:
-    plain = {"image": image(), "confidence": 0.9, "gates": [0.2, 0.5, 0.3]}
+    plain: dict[str, Any] = {"image": image(), "confidence": 0.9, "gates": [0.2, 0.5, 0.3]}
     return Sample(true=true, predicted=predicted, **(plain | more))
 
 
