@@ -68,8 +68,8 @@ def error(message: str, hint: str = "", label: str = "error") -> None:
         pass  # stderr is closed; the exit code still speaks
 
 
-def result(document: Any, shown: "Table | str") -> None:
-    """Print the result of a command: the document as JSON with `--json`, else the text or table.
+def result(document: Any, shown: "Table | str | Sequence[Table]") -> None:
+    """Print the result of a command: the document as JSON with `--json`, else the text or tables.
 
     One of several processes prints, the first.
     """
@@ -83,7 +83,8 @@ def result(document: Any, shown: "Table | str") -> None:
         # A pipe gets the full width, so that no cell is cut.
         width = None if sys.stdout.isatty() else 10_000
         plain = Console(file=sys.stdout, width=width, highlight=False, markup=False, emoji=False)
-        plain.print(shown)
+        for one in [shown] if isinstance(shown, Table) else shown:
+            plain.print(one)
     sys.stdout.flush()
 
 

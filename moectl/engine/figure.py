@@ -11,6 +11,7 @@ from moectl.engine.files import write_bytes
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.legend import Legend
 
 Scale = Literal["plain", "percent", "log"]
 """How an axis is written; `percent` is for fractions."""
@@ -91,6 +92,13 @@ def name_axis(axes: "Axes", axis: str, names: Sequence[str]) -> None:
         ha="right" if slanted or axis == "y" else "center",
         rotation_mode="anchor" if slanted else "default",
     )
+
+
+def write_names(legend: "Legend", names: Sequence[str]) -> None:
+    """Write the names of a legend as they are: a dollar sign in them is not a formula."""
+    for text, name in zip(legend.get_texts(), names, strict=True):
+        text.set_parse_math(False)
+        text.set_text(name)
 
 
 def write_png(figure: "Figure", path: Path) -> None:

@@ -13,12 +13,12 @@ from moectl.engine.figure import (
     name_axis,
     new_axes,
     new_figure,
+    write_names,
     write_png,
 )
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.legend import Legend
 
 Values = Sequence[float | None]
 """Numbers to draw; None leaves a gap."""
@@ -105,7 +105,7 @@ def line_panels(
         handlelength=3.0,  # as long as a line style needs to be told from another
         **_PLAIN,
     )
-    _write_names(legend, names)
+    write_names(legend, names)
     write_png(figure, path)
 
 
@@ -318,13 +318,7 @@ def _legend(axes: "Axes", handles: Sequence[Any], names: Sequence[str]) -> None:
         ncols=min(len(names), 3),
         **_PLAIN,
     )
-    _write_names(legend, names)
-
-
-def _write_names(legend: "Legend", names: Sequence[str]) -> None:
-    for text, name in zip(legend.get_texts(), names, strict=True):
-        text.set_parse_math(False)
-        text.set_text(name)
+    write_names(legend, names)
 
 
 def _known(values: Values) -> list[float]:

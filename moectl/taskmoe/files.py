@@ -38,7 +38,7 @@ def read_data_file(path: Path, allow_pickle: bool = False) -> tuple["Tensor", "T
     except OSError as error:
         raise UserError(
             f"{path}: cannot be read ({error.strerror})",
-            "`moectl taskmoe data build` writes the files of tasks A and B",
+            "moectl taskmoe data build writes the files of tasks A and B",
         ) from None
     content = trusting_load(data, str(path)) if allow_pickle else _safely(data, path)
     missing = [

@@ -10,12 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moectl.engine.figure import GRID, INK, PALETTE, name_axis, new_axes, new_figure, write_png
+from moectl.engine.figure import (
+    GRID,
+    INK,
+    PALETTE,
+    name_axis,
+    new_axes,
+    new_figure,
+    write_names,
+    write_png,
+)
 from moectl.taskmoe.heat_maps import shortened
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.legend import Legend
 
 RIGHT, WRONG = PALETTE[2], "#C62828"
 """Frames of samples; a cross in the text says it without colour."""
@@ -225,7 +233,7 @@ def gate_simplex(
         ncols=3 if sum(map(len, group_names)) < 60 else 1,
         **_PLAIN,
     )
-    _write_names(legend, group_names)
+    write_names(legend, group_names)
     write_png(figure, path)
 
 
@@ -234,12 +242,6 @@ def _name_corners(axes: "Axes", height: float) -> None:
         [(0, -0.03, "top"), (1, -0.03, "top"), (0.5, height + 0.02, "bottom")]
     ):
         axes.text(x, y, f"expert {expert}", ha="center", va=side, fontsize=10, color=INK)
-
-
-def _write_names(legend: "Legend", names: Sequence[str]) -> None:
-    for text, name in zip(legend.get_texts(), names, strict=True):
-        text.set_parse_math(False)
-        text.set_text(name)
 
 
 def temperature_sweep(

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from moectl.engine import console
 from moectl.engine.errors import UserError
+from moectl.engine.files import is_file
 from moectl.taskmoe.build import build_task_a, build_task_b
+from moectl.taskmoe.manifest import NAME
 from moectl.taskmoe.settings import DataSection
 
 if TYPE_CHECKING:
@@ -27,8 +29,11 @@ def build(
         The manifest's path, as a document and as text.
 
     Raises:
-        UserError: if the task is another one, or its source is not there.
+        UserError: if the task is another one, its source is not there, or its files are.
     """
+    manifest = section.root / f"Task{section.task}" / NAME
+    if is_file(manifest):
+        raise UserError(f"{manifest}: is there already", "delete its folder to build it again")
     match section.task:
         case "A":
             path = build_task_a(cifar or section.root, section.root)
@@ -44,19 +49,19 @@ def build(
     return {"manifest": str(path)}, str(path)
 
 
-def check(section: DataSection) -> "tuple[dict[str, Any], Table]":
+def check(section: DataSection) -> "tuple[dict[str, Any], list[Table]]":
     """Count the images, classes, owners and repeats of a task.
 
     Returns:
-        The JSON document, and a table of the classes.
+        The JSON document, and tables of the classes and of the whole.
     """
     from moectl.taskmoe import data
 
     document = data.check(section)
     rows = [_row(document, name) for name in document["classes"]]
-    specialists = list(document["specialists"])
-    columns = ("class", "id", "label", *specialists)
-    return document, console.table(columns, rows, _facts(document))
+    columns = ("class", "id", "label", *document["specialists"])
+    title = f"Task {document['task']}: training / test images"
+    return document, [console.table(columns, rows, title), _whole(document)]
 
 
 def _row(document: Mapping[str, Any], name: str) -> list[object]:
@@ -68,19 +73,19 @@ def _row(document: Mapping[str, Any], name: str) -> list[object]:
     return [name, known["id"], known["label"], *counts]
 
 
-def _facts(document: Mapping[str, Any]) -> str:
-    def both(key: str) -> str:
-        return f"{document[key]['train']} / {document[key]['test']}"
-
+def _whole(document: Mapping[str, Any]) -> "Table":
+    kept = f"kept with dedup = {document['dedup']}"
+    counts = {
+        kept: "images",
+        "left out": "dropped",
+        "left out, equal to none that is kept": "unmatched",
+        "repeated in the files": "duplicates",
+        "equal images under two labels": "conflicts",
+    }
+    rows: list[list[object]] = [
+        [words, document[key]["train"], document[key]["test"]] for words, key in counts.items()
+    ]
+    rows.append(["also among the training images", None, document["leakage"]])
     mean, std = (", ".join(f"{x:.4f}" for x in document[key]) for key in ("mean", "std"))
-    side = document["image_size"]
-    return "\n".join(
-        [
-            f"Task {document['task']}, {side} x {side} pixels; training / test images",
-            f"kept with dedup = {document['dedup']}: {both('images')}; left out:"
-            f" {both('dropped')}, of which equal to none that is kept: {both('unmatched')}",
-            f"repeated in the files: {both('duplicates')}; under two labels: {both('conflicts')};"
-            f" test images also trained on: {document['leakage']}",
-            f"mean {mean}; standard deviation {std}",
-        ]
-    )
+    rows += [["mean of each colour", mean, None], ["standard deviation", std, None]]
+    return console.table(("images", "training", "test"), rows)

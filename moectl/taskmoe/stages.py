@@ -40,8 +40,9 @@ def find_specialists(
 
     Args:
         settings: which task, and how many.
-        references: runs or files, one for each; without any, the newest finished run of each.
-        submodels: folder with a folder of weights files for each task, instead of runs.
+        references: runs or files, one for each. Without any, the checkpoints that the manifest
+            names, else the newest finished run of each.
+        submodels: folder with a folder of weights files for each task, instead.
 
     Raises:
         UserError: if one is missing, of another task or of another width.
@@ -55,9 +56,9 @@ def find_specialists(
             raise UserError(f"{len(references)} specialists are given, the task has {count}")
         paths = [find_weights(best(reference), "taskmoe") for reference in references]
     elif submodels:
-        named = [folder / one.checkpoint for one in manifest.specialists if one.checkpoint]
-        listed = len(named) == count
-        paths = named if listed else _submodel_files(submodels / _folder_name(settings), count)
+        paths = _submodel_files(submodels / _folder_name(settings), count)
+    elif all(one.checkpoint for one in manifest.specialists):
+        paths = [folder / one.checkpoint for one in manifest.specialists]
     else:
         paths = _newest(settings.data.task, count)
     found = [read_specialist(path, settings, number) for number, path in enumerate(paths, 1)]

@@ -57,6 +57,7 @@ def train(
         start: the merged weights to begin with; random ones if None.
         teachers: the specialists, if their soft targets are to be distilled.
     """
+    _warn(settings)
     data = load(settings.data, settings.train.seed)
     model = build(settings, data).to(memory_format=torch.channels_last)
     if start is not None:
@@ -111,6 +112,23 @@ def build(settings: TaskmoeSettings, data: Data) -> MergedMoE:
     return MergedMoE(
         classes=len(data.class_names), temperature=settings.gate.initial_temperature, **model
     )
+
+
+def _warn(settings: TaskmoeSettings) -> None:
+    gate, loss = settings.gate, settings.loss
+    for name, value, low, high in (
+        ("initial", gate.initial_temperature, 1.5, 4.0),
+        ("final", gate.final_temperature, 0.3, 1.0),
+    ):
+        if not low <= value <= high:
+            log.warning("gate.%s_temperature is %g; usual are %g to %g", name, value, low, high)
+    images = settings.train.batch_size if loss.reduction == "sum" else 1
+    if loss.balance_weight < images * loss.diversity_weight:
+        log.warning(
+            "loss.balance_weight %g is below %g: all images may collapse onto one expert",
+            loss.balance_weight,
+            images * loss.diversity_weight,
+        )
 
 
 def _prepare(loop: Loop, model: MergedMoE, step: Step) -> None:

@@ -2,10 +2,11 @@
 
 Usage: python tests/benchmarks/taskmoe_analysis.py [--images 1500] [--sample 30] [--rounds 3]
 
-The loop passes each image through the network alone: with the gates as they are, with all of them
-on each expert, and without each expert. The one pass keeps what the logits are made of, in batches
-of 256, and makes the whole summary of it. Both are first shown to say the same. They are timed in
-turn, in CPU seconds, so that a busy machine changes little.
+The loop passes each image through the network alone, once for every answer that `moectl taskmoe
+analyze` gives: the gates as they are, all of them on each expert, without each expert, equal gates,
+the largest alone, none, and those of nine temperatures. The one pass keeps what the logits are made
+of, in batches of 256, and makes all of that from it. Both are first shown to say the same. They are
+timed in turn, in CPU seconds, so that a busy machine changes little.
 """
 
 import os
@@ -24,11 +25,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moectl.taskmoe.analysis import Examined, summary
+from moectl.taskmoe.analysis import Examined, summary, temperature_sweep
+from moectl.taskmoe.analyze import TEMPERATURES
 from moectl.taskmoe.model import MergedMoE
 
 CLASSES, EXPERTS, WIDTH, BATCH = 15, 3, 16, 256
-PASSES = 1 + 2 * EXPERTS
+PASSES = 1 + 2 * EXPERTS + 3 + len(TEMPERATURES)
 OWNERS = F.one_hot(torch.arange(CLASSES) * EXPERTS // CLASSES, EXPERTS)
 TOLERANCE = 1e-4
 
@@ -59,7 +61,7 @@ def examine(model: MergedMoE, images: Tensor, labels: Tensor) -> Examined:
 
 
 def loop(model: MergedMoE, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Pass images one by one: gates (N, E), and logits (N, 1 + 2 E, C) of all passes."""
+    """Pass images one by one: gates (N, E), and logits (N, PASSES, C) of all passes."""
     every_gates, every_logits = [], []
     for image in images[:, None]:
         own = model(image)
@@ -68,6 +70,10 @@ def loop(model: MergedMoE, images: Tensor) -> tuple[Tensor, Tensor]:
             forced, rest = torch.zeros(EXPERTS), own.gates[0].clone()
             forced[expert], rest[expert] = 1, 0
             logits += [model(image, forced).logits, model(image, rest / rest.sum()).logits]
+        chosen = [torch.full((EXPERTS,), 1 / EXPERTS), torch.zeros(EXPERTS)]
+        chosen += [F.one_hot(own.gates[0].argmax(), EXPERTS).float()]
+        chosen += [(own.gate_logits[0] / warm).softmax(0) for warm in TEMPERATURES]
+        logits += [model(image, gates).logits for gates in chosen]
         every_gates.append(own.gates)
         every_logits.append(torch.cat(logits))
     return torch.cat(every_gates), torch.stack(every_logits)
@@ -98,6 +104,10 @@ def check_equality(fast: MergedMoE, slow: MergedMoE, images: Tensor) -> None:
         rest[:, expert] = 0
         forced = torch.eye(EXPERTS)[expert]
         ours += [examined.logits(forced), examined.logits(rest / rest.sum(1, keepdim=True))]
+    largest = F.one_hot(examined.gates.argmax(1), EXPERTS).float()
+    warm = [(examined.gate_logits / one).softmax(1) for one in TEMPERATURES]
+    equal, none = torch.full((EXPERTS,), 1 / EXPERTS), torch.zeros(EXPERTS)
+    ours += [examined.logits(gates) for gates in (equal, none, largest, *warm)]
     gap = float((torch.stack(ours, 1) - logits).norm() / (logits - logits.mean(0)).norm())
     document, expected = summary(examined, OWNERS), tables(gates, logits, labels)
     same = all(_close(document[name], table) for name, table in expected.items())
@@ -127,7 +137,7 @@ def measure(side: int, count: int, sample: int, rounds: int) -> None:
     examined = examine(fast, images, labels)
     ways: list[Callable[[], object]] = [
         lambda: examine(fast, images, labels),
-        lambda: summary(examined, OWNERS),
+        lambda: (summary(examined, OWNERS), temperature_sweep(examined, TEMPERATURES)),
         lambda: loop(slow, images[:sample]),
     ]
     seconds = [[cpu_seconds(way) for way in ways] for _ in range(rounds + 1)][1:]

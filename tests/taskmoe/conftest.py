@@ -1,7 +1,7 @@
 """A tiny pipeline, run once: three specialists of scanned digits, their merge, its training."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -61,7 +61,7 @@ def finished_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def runs(finished_runs: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def runs(finished_runs: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The same folder as the one that commands look into; not to be written to."""
     monkeypatch.setenv("MOECTL_RUNS", str(finished_runs))
-    yield finished_runs / "taskmoe"
+    return finished_runs / "taskmoe"

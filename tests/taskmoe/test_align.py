@@ -2,9 +2,10 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moectl.taskmoe.align import GROUPS, average, evaluating, match, permute
+from moectl.taskmoe.align import GROUPS, average, evaluating, match, permute, renormalise
 from moectl.taskmoe.model import Specialist
 
 CHANNELS = {"P1": 6, "P2": 12, "P3": 24, "P4": 24, "P5": 48}
@@ -78,6 +79,53 @@ def test_indices_that_are_no_permutation_are_refused_with_the_layer() -> None:
         permute(state, {"P3": torch.arange(6)})
     with pytest.raises(ValueError, match="no channel group 'P6'"):
         permute(state, {"P6": torch.arange(6)})
+
+
+FACTOR, ADDEND = torch.tensor([0.5, 1.5, -2.0]), torch.tensor([0.3, -0.7, 1.1])
+
+
+def as_before(images: Tensor) -> Tensor:
+    return images * FACTOR.view(3, 1, 1) + ADDEND.view(3, 1, 1)
+
+
+def test_a_factor_alone_is_taken_over_exactly() -> None:
+    network = specialist()
+    changed = with_state(renormalise(network.state_dict(), FACTOR, torch.zeros(3)))
+    with torch.no_grad():
+        expected = network(IMAGES * FACTOR.view(3, 1, 1))
+        assert not torch.allclose(network(IMAGES), expected, atol=1e-3)
+        torch.testing.assert_close(changed(IMAGES), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_an_addend_is_taken_over_everywhere_but_at_the_border() -> None:
+    network = specialist()
+    changed = with_state(renormalise(network.state_dict(), FACTOR, ADDEND))
+    with torch.no_grad():
+        found, expected = changed.conv1(IMAGES), network.conv1(as_before(IMAGES))
+    inside = (..., slice(1, -1), slice(1, -1))
+    torch.testing.assert_close(found[inside], expected[inside], rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(found, expected, atol=1e-2)
+
+
+def test_at_the_border_the_zeros_around_an_image_stay_zeros() -> None:
+    network = specialist()
+    changed = with_state(renormalise(network.state_dict(), FACTOR, ADDEND))
+    framed = as_before(F.pad(IMAGES, (1, 1, 1, 1)))
+    block = network.conv1
+    with torch.no_grad():
+        expected = F.relu(block.bn(F.conv2d(framed, block.conv.weight)))
+        torch.testing.assert_close(changed.conv1(IMAGES), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_renormalising_back_restores_the_network_and_writes_to_none() -> None:
+    state = specialist().state_dict()
+    before = copy.deepcopy(state)
+    there = renormalise(state, FACTOR, ADDEND)
+    back = renormalise(there, 1 / FACTOR, -ADDEND / FACTOR)
+    assert all(torch.equal(state[key], value) for key, value in before.items())
+    changed = {key for key, value in there.items() if not torch.equal(value, before[key])}
+    assert changed == {"conv1.conv.weight", "conv1.bn.running_mean"}
+    torch.testing.assert_close(back, before)
 
 
 def test_matching_a_permuted_copy_recovers_the_permutation() -> None:
