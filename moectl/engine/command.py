@@ -30,6 +30,7 @@ RESUMABLE = (
     "train.max_time",
     "train.tensorboard",
     "train.wandb",
+    "train.expert_analysis_interval",
     "data.workers",
     "data.root",
     "data.download",
@@ -37,6 +38,8 @@ RESUMABLE = (
     "eval.shifts",
     "eval.bootstrap",
     "eval.trials",
+    "eval.num_samples",
+    "eval.seed",
 )
 """Settings that may change when a run is resumed; the number of epochs may only grow."""
 

@@ -52,7 +52,19 @@ def data(
         console.result(*check(settings.data))
 
 
-@command(TaskmoeSettings, (*_TRAINED, "specialist"), train=True, dropped=_DROPPED)
+def _mixture(settings: Any) -> dict[str, Any]:
+    from moectl.taskmoe import size
+
+    return size.mixture(settings)
+
+
+def _member(settings: Any) -> dict[str, Any]:
+    from moectl.taskmoe import size
+
+    return size.member(settings)
+
+
+@command(TaskmoeSettings, (*_TRAINED, "specialist"), train=True, size=_member, dropped=_DROPPED)
 def specialist(request: Request) -> None:
     """Train one of the specialists."""
     from moectl.taskmoe.specialist import train_specialist
@@ -86,6 +98,7 @@ def merge(
     TaskmoeSettings,
     (*_TRAINED, "merge", "gate", "loss"),
     train=True,
+    size=_mixture,
     dropped=_DROPPED,
     alias="--model-name",
 )
