@@ -18,6 +18,7 @@ from moectl.engine.seeding import seed_all
 from moectl.engine.settings import dump
 from moectl.taskmoe.baselines import dense_width
 from moectl.taskmoe.data import Data, load, load_specialist
+from moectl.taskmoe.manifest import find_manifest
 from moectl.taskmoe.model import MergedMoE, Specialist
 from moectl.taskmoe.report import report
 from moectl.taskmoe.settings import TaskmoeSettings
@@ -59,10 +60,19 @@ def train_specialist(settings: TaskmoeSettings, run: Run[TaskmoeSettings]) -> No
 
 
 def load_classes(settings: TaskmoeSettings) -> Data:
-    """Load what the specialist is to know; number 0 knows all classes."""
+    """Load what the specialist is to know; number 0 knows all classes.
+
+    Raises:
+        UserError: if there is no such specialist, or its data cannot be read.
+    """
     number, seed = settings.specialist.number, settings.train.seed
     if number == 0:
         return load(settings.data, seed)
+    count = len(find_manifest(settings.data.task, settings.data.root)[0].specialists)
+    if number > count:
+        raise UserError(
+            f"specialist.number is {number}, task {settings.data.task} has {count} specialists"
+        )
     return load_specialist(settings.data, seed, number - 1)
 
 
