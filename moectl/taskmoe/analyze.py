@@ -12,6 +12,7 @@ from moectl.taskmoe.analysis import Examined
 from moectl.taskmoe.heat_maps import expert_analysis, expert_map
 from moectl.taskmoe.inference import Opened, for_task, open_mixture
 from moectl.taskmoe.pictures import gate_simplex, temperature_sweep
+from moectl.taskmoe.report import report_again
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -54,6 +55,7 @@ def run_analyze(
         write_json(folder / "expert_analysis.json", document)
         write_text(folder / "expert_analysis.csv", csv_text(_rows(document)))
         _draw(folder, opened, examined, document)
+        report_again(opened.folder)
     return {"folder": str(folder), **document}, _table(document)
 
 

@@ -23,6 +23,7 @@ from moectl.engine.sources import Source
 from moectl.taskmoe.baselines import routing, union_logits
 from moectl.taskmoe.inference import Opened, examine, for_task, open_mixture
 from moectl.taskmoe.pictures import comparison
+from moectl.taskmoe.report import report_again
 from moectl.taskmoe.settings import TaskmoeSettings
 from moectl.taskmoe.stages import (
     MERGED,
@@ -109,6 +110,7 @@ def run_compare(
         write_json(folder / "comparison.json", document)
         write_text(folder / "comparison.csv", csv_text(document["rows"]))
         comparison(folder / "comparison.png", document["rows"])
+        report_again(opened.folder)
     for row in document["rows"]:
         if row["accuracy"] is None:
             log.info("%s: not measured; %s", row["name"], row["note"])

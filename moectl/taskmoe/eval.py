@@ -20,7 +20,7 @@ from moectl.taskmoe.heat_maps import expert_analysis
 from moectl.taskmoe.inference import Opened, for_task, open_mixture
 from moectl.taskmoe.measures import counted_twice, measure
 from moectl.taskmoe.pictures import Sample, sample_predictions
-from moectl.taskmoe.report import draw_confusion, evaluation_text, report
+from moectl.taskmoe.report import draw_confusion, evaluation_text, report_again
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -175,8 +175,7 @@ def run_eval(  # noqa: PLR0913 - the options of a command
             folder = out / f"Task{one}" if len(tasks) > 1 else out
         if opened.accelerator.is_main_process:
             _announce(write_evaluation(folder, opened, examined, document))
-            if out is None and (opened.folder / "run.json").is_file():
-                report(opened.folder)
+            report_again(opened.folder)
             if show:
                 _open(sorted(folder.glob("*.png")))
         documents.append({"folder": str(folder), **document})

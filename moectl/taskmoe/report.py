@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from moectl.engine import plot
-from moectl.engine.files import write_text
+from moectl.engine.files import is_file, write_text
 from moectl.engine.report import image, paragraphs, percent, run_lines, settings_table, table
 from moectl.engine.settings import flatten
 from moectl.engine.toml import read_toml
@@ -41,10 +41,18 @@ def report(folder: Path) -> None:
     for path in evaluations:
         if document := loads_or_none(path):
             parts += _evaluation(document, f"weights `{path.parent.name.partition('@')[2]}`")
+    for path in sorted(folder.glob("evals/comparison@*/comparison.json")):
+        parts.append(_comparison(loads_or_none(path) or {}))
     pictures = [*folder.glob("plots/*.png"), *folder.glob("evals/*/*.png")]
     parts += ["## Pictures"] if pictures else []
     parts += [image(str(path.relative_to(folder)), _caption(path)) for path in sorted(pictures)]
     write_text(folder / "report.md", paragraphs(parts))
+
+
+def report_again(folder: Path) -> None:
+    """Write the report once more after a measurement, if the folder is that of a run."""
+    if is_file(folder / "run.json"):
+        report(folder)
 
 
 def draw_curve(folder: Path) -> None:
@@ -158,6 +166,36 @@ def _evaluation(document: Mapping[str, Any], what: str) -> list[str]:
         _groups(document),
         _experts(document),
     ]
+
+
+def _comparison(document: Mapping[str, Any]) -> str:
+    if not document:
+        return ""
+    alone = [
+        [f"{one['specialist']}: its own classes", *_bounded(one), None, None]
+        for one in document["own_classes"]
+    ]
+    rows = []
+    for row in document["rows"]:
+        gain = None if row["accuracy"] is None else f"{row['difference']:+.2f}"
+        p_value = None if row["p_value"] is None else f"{row['p_value']:.2g}"
+        rows.append([row["name"], *_bounded(row), gain, p_value])
+    columns = ("", "accuracy", "95 % interval", f"less {document['against']}", "McNemar p")
+    seeds = document["seeds"]
+    count = len(seeds["accuracies"])
+    spread = (
+        f"Over {count} seeds the mixture reaches {seeds['mean']:.2f} ± {seeds['std']:.2f}."
+        if count > 1
+        else "One seed."
+    )
+    where = f"Percent of {document['images']} test images."
+    return paragraphs(["## Comparison", where, table(columns, [*alone, *rows]), spread])
+
+
+def _bounded(row: Mapping[str, Any]) -> list[str | None]:
+    if row["accuracy"] is None:
+        return [None, None]
+    return [f"{row['accuracy']:.2f}", f"{row['low']:.1f} – {row['high']:.1f}"]
 
 
 def _headline(document: Mapping[str, Any], what: str) -> str:
