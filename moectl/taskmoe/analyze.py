@@ -1,5 +1,6 @@
 """What every expert and the gates of a mixture do, as numbers and pictures."""
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,8 @@ from moectl.taskmoe.report import report_again
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+log = logging.getLogger(__name__)
 
 TEMPERATURES = (0.25, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0)
 _MAPS = {
@@ -56,6 +59,7 @@ def run_analyze(
         write_text(folder / "expert_analysis.csv", csv_text(_rows(document)))
         _draw(folder, opened, examined, document)
         report_again(opened.folder)
+        log.info("tables and pictures: %s", folder)
     return {"folder": str(folder), **document}, _table(document)
 
 

@@ -44,7 +44,7 @@ NAMES = {
     "oracle": "specialists, the owner of each image known",
     "concatenated_logits": "specialists, highest logit",
     "concatenated_softmax": "specialists, highest probability",
-    "calibrated_softmax": "the same, each calibrated",
+    "calibrated_softmax": "specialists, highest calibrated probability",
     "max_probability": "the specialist with the highest probability",
     "entropy": "the specialist with the lowest entropy",
     "average": "averaged and recalibrated, no training",
@@ -111,6 +111,7 @@ def run_compare(
         write_text(folder / "comparison.csv", csv_text(document["rows"]))
         comparison(folder / "comparison.png", document["rows"])
         report_again(opened.folder)
+        log.info("tables and pictures: %s", folder)
     for row in document["rows"]:
         if row["accuracy"] is None:
             log.info("%s: not measured; %s", row["name"], row["note"])

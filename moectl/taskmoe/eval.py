@@ -174,7 +174,7 @@ def run_eval(  # noqa: PLR0913 - the options of a command
         if out is not None:
             folder = out / f"Task{one}" if len(tasks) > 1 else out
         if opened.accelerator.is_main_process:
-            _announce(write_evaluation(folder, opened, examined, document))
+            _announce(write_evaluation(folder, opened, examined, document), folder)
             report_again(opened.folder)
             if show:
                 _open(sorted(folder.glob("*.png")))
@@ -183,11 +183,12 @@ def run_eval(  # noqa: PLR0913 - the options of a command
     return shown, _table(documents)
 
 
-def _announce(samples: Sequence[Sample]) -> None:
+def _announce(samples: Sequence[Sample], folder: Path) -> None:
     for sample in samples:
         gates = ", ".join(f"{gate:.4f}" for gate in sample.gates)
         mark = "✓" if sample.true == sample.predicted else "✗"
         log.info("%s -> %s %s  gates %s", sample.true, sample.predicted, mark, gates)
+    log.info("tables and pictures: %s", folder)
 
 
 def _most_accurate(folder: Path) -> Path:

@@ -78,6 +78,7 @@ def open_mixture(request: Request, checkpoint: Path | None, temperature: float |
     path = checkpoint or find_weights(reference, "taskmoe")
     weights = read_mixture(path, settings)
     facts = weights.facts
+    settings = _as_trained(settings, facts, path, checked=checkpoint is not None)
     if temperature is not None and temperature <= 0:
         raise UserError(f"--temperature {temperature}: expected a number above 0")
     record = path.parent / "run.json"
@@ -97,6 +98,21 @@ def open_mixture(request: Request, checkpoint: Path | None, temperature: float |
         folder=path.parent,
         tag=(f"epoch{tag}" if tag.isdigit() else tag) or path.stem,
     )
+
+
+def _as_trained(
+    settings: TaskmoeSettings, facts: dict[str, Any], path: Path, *, checked: bool
+) -> TaskmoeSettings:
+    """Return the settings with the task and the order of the classes that the weights know.
+
+    Raises:
+        UserError: if a file that was named is of another task than the one that was named.
+    """
+    task = settings.data.task
+    if checked and task not in (TaskmoeSettings().data.task, facts["task"]):
+        raise UserError(f"{path}: is of task {facts['task']}, not {task}")
+    known = {"task": facts["task"], "label_map": facts["label_map"]}
+    return settings.model_copy(update={"data": settings.data.model_copy(update=known)})
 
 
 def _data_of(settings: TaskmoeSettings, facts: dict[str, Any], file: str) -> Data:

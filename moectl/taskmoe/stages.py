@@ -232,7 +232,7 @@ def merge(
         "temperature": float(model.temperature),
         "specialists": parents,
     }
-    payload = {"model_state_dict": model.state_dict(), "epoch": 0, "format_version": 1}
+    payload = {"model_state_dict": model.state_dict(), "epoch": 0, "format_version": 1, **facts}
     run.save_weights(MERGED, payload, facts, epoch=0, best=best)
     if best:
         run.note(scores={name: document[name] for name in ("step_zero", "random_control")})

@@ -223,7 +223,6 @@ def _save(loop: Loop, model: MergedMoE, data: Data, epoch: int, *, best: bool) -
         return
     temperature = float(model.temperature)
     facts = {**facts_of(settings, data), "temperature": temperature}
-    kept = ("label_map", "class_names", "owners", "mean", "std", "image_size", "temperature")
     payload = {
         "epoch": epoch,
         "model_state_dict": model.state_dict(),
@@ -231,7 +230,7 @@ def _save(loop: Loop, model: MergedMoE, data: Data, epoch: int, *, best: bool) -
         "accuracy": 100 * loop.best["value"],
         "config": dump(settings),
         "format_version": 1,
-        **{name: facts[name] for name in kept},
+        **facts,
     }
     if last:
         run.save_weights("last.pth", payload, facts, epoch=epoch)

@@ -87,6 +87,7 @@ def read_specialist(path: Path, settings: TaskmoeSettings, number: int) -> Membe
 
 
 _FIRST = "conv1.conv.weight"
+_STATES = ("model_state_dict", "optimizer_state_dict", "config")
 
 
 def _identity(facts: Mapping[str, Any]) -> str:
@@ -96,7 +97,7 @@ def _identity(facts: Mapping[str, Any]) -> str:
 
 
 def read_mixture(path: Path, settings: TaskmoeSettings) -> Artefact:
-    """Read the weights of a mixture; a public file gets the facts that it lacks.
+    """Read the weights of a mixture; a file without a sidecar tells of itself what it can.
 
     Args:
         path: the file.
@@ -114,6 +115,9 @@ def read_mixture(path: Path, settings: TaskmoeSettings) -> Artefact:
         if weights.facts.get("model") != "MergedMoE":
             raise UserError(f"{path}: {_identity(weights.facts)}, expected a mixture")
         return weights
+    if weights.payload.get("model") == "MergedMoE":  # one of ours that was copied alone
+        facts = {name: value for name, value in weights.payload.items() if name not in _STATES}
+        return replace(weights, facts=facts)
     state = _state(weights)
     if "temperature" not in state:
         log.warning("%s: holds no temperature; 2 is taken, --temperature sets another", path)
