@@ -291,7 +291,8 @@ def _draw_evaluation(document: Mapping[str, Any], plots: Path) -> list[tuple[str
         plot.reliability(plots / "reliability.png", panels, title="Reliability on the test set")
         drawn.append(("reliability.png", "Reliability"))
     if document.get("confusion"):
-        _draw_confusion(document, plots / "confusion.png")
+        title, names = "Confusion of the ensemble", document["class_names"]
+        plot.confusion(plots / "confusion.png", document["confusion"], title=title, names=names)
         drawn.append(("confusion.png", "Confusion"))
     if document.get("per_class"):
         _draw_classes(document, plots / "classes.png")
@@ -310,16 +311,6 @@ def _draw_evaluation(document: Mapping[str, Any], plots: Path) -> list[tuple[str
         plot.bars(plots / "shifted.png", groups, title=title, scale="percent", **labels)
         drawn.append(("shifted.png", title))
     return drawn
-
-
-def _draw_confusion(document: Mapping[str, Any], path: Path) -> None:
-    shares = [
-        [count / sum(row) for count in row] if sum(row) else [None] * len(row)
-        for row in document["confusion"]
-    ]
-    labels = {"x_label": "predicted class", "y_label": "true class"}
-    title = "Confusion of the ensemble, percent of each row"
-    plot.heat_map(path, shares, title=title, names=document["class_names"], **labels)
 
 
 def _draw_classes(document: Mapping[str, Any], path: Path) -> None:

@@ -240,6 +240,24 @@ def heat_map(
     write_png(figure, path)
 
 
+def confusion(
+    path: Path, counts: Sequence[Sequence[int]], *, title: str, names: Sequence[str]
+) -> None:
+    """Draw counts of predictions, rows are true classes, as shares of each row.
+
+    Args:
+        path: the PNG file.
+        counts: of predictions; a row without any is left white.
+        title: above the axes.
+        names: of the classes.
+    """
+    shares: list[Values] = [
+        [count / sum(row) for count in row] if sum(row) else [None] * len(row) for row in counts
+    ]
+    labels = {"x_label": "predicted class", "y_label": "true class"}
+    heat_map(path, shares, title=f"{title}, percent of each row", names=names, **labels)
+
+
 def _write_cells(axes: "Axes", values: Sequence[Values]) -> None:
     for row, cells in enumerate(values):
         for column, value in enumerate(cells):

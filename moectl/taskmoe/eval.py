@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moectl.common import scores
-from moectl.engine import console
+from moectl.engine import console, plot
 from moectl.engine.command import Request
 from moectl.engine.errors import UserError
 from moectl.engine.files import csv_text, write_json, write_text
@@ -20,7 +20,7 @@ from moectl.taskmoe.heat_maps import expert_analysis
 from moectl.taskmoe.inference import Opened, for_task, open_mixture
 from moectl.taskmoe.measures import counted_twice, measure
 from moectl.taskmoe.pictures import Sample, sample_predictions
-from moectl.taskmoe.report import draw_confusion, evaluation_text, report_again
+from moectl.taskmoe.report import evaluation_text, report_again
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -84,7 +84,8 @@ def write_evaluation(
         for name, row in zip(names, document["confusion"], strict=True)
     ]
     write_text(folder / "confusion_matrix.csv", csv_text(cells))
-    draw_confusion(folder / "confusion_matrix.png", document)
+    picture = folder / "confusion_matrix.png"
+    plot.confusion(picture, document["confusion"], title="Confusion", names=names)
     expert_analysis(folder / "expert_analysis.png", document["expert_analysis"], names, owners)
     samples = [_sample(opened, examined, row) for row in _chosen(opened, examined)]
     if samples:

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from moectl.engine import plot
 from moectl.engine.files import is_file, write_text
 from moectl.engine.report import image, paragraphs, percent, run_lines, settings_table, table
 from moectl.engine.settings import flatten
@@ -72,17 +71,6 @@ def draw_analysis(folder: Path, document: Mapping[str, Any], name: str) -> None:
     (folder / "plots").mkdir(exist_ok=True)
     path = folder / "plots" / name
     expert_analysis(path, document, document["class_names"], document["owners"])
-
-
-def draw_confusion(path: Path, document: Mapping[str, Any]) -> None:
-    """Draw the confusion matrix of an evaluation."""
-    shares = [
-        [count / sum(row) for count in row] if sum(row) else [None] * len(row)
-        for row in document["confusion"]
-    ]
-    labels = {"x_label": "predicted class", "y_label": "true class"}
-    title = "Confusion, percent of each row"
-    plot.heat_map(path, shares, title=title, names=document["class_names"], **labels)
 
 
 def evaluation_text(document: Mapping[str, Any]) -> str:

@@ -140,3 +140,17 @@ def test_no_global_state_of_the_library_is_used(tmp_path: Path) -> None:
     draw_lines(tmp_path / "a.png")
     assert dict(matplotlib.rcParams) == before
     assert not _pylab_helpers.Gcf.figs
+
+
+def test_a_confusion_shows_shares_and_leaves_empty_rows_white(tmp_path: Path) -> None:
+    path, names = tmp_path / "c.png", ["a", "b"]
+    plot.confusion(path, [[3, 1], [0, 0]], title="x", names=names)
+    plot.heat_map(
+        tmp_path / "h.png",
+        [[0.75, 0.25], [None, None]],
+        title="x, percent of each row",
+        x_label="predicted class",
+        y_label="true class",
+        names=names,
+    )
+    assert path.read_bytes() == (tmp_path / "h.png").read_bytes()
