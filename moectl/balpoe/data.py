@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moectl.balpoe.lists import IMAGENET, INATURALIST, evaluation_reader, load_lists, read_image
+from moectl.balpoe.lists import IMAGENET, INATURALIST, evaluation_reader, load_lists
 from moectl.balpoe.longtail import class_sizes, select, split_indices
 from moectl.common.autoaugment import AutoAugment, TrivialAugment
 from moectl.common.images import Plain, Standard
 from moectl.engine.errors import UserError
+from moectl.engine.images import read_image
 from moectl.engine.launch import offline
 from moectl.engine.sources import Augment, FolderSource, Source, TensorSource
 

@@ -3,9 +3,10 @@
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from moectl.engine.errors import UserError
+from moectl.engine.images import read_image
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -139,27 +140,6 @@ def _count(train: Items, held_labels: list[int], path: Path) -> list[int]:
                 "number the classes from 0 on without gaps, each with a training image",
             )
     return [counts[number] for number in range(last + 1)]
-
-
-def read_image(path: str) -> Any:
-    """Open an image as RGB.
-
-    Raises:
-        UserError: naming the file, if it is missing or no image.
-    """
-    import numpy as np
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            if image.mode.startswith("I"):  # 16 bits: converting would cut them off, not scale
-                grey = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255)
-                return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
-            return image.convert("RGB")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such image") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        raise UserError(f"{path}: not a readable image") from None
 
 
 def training_reader(

@@ -72,6 +72,7 @@ def command(  # noqa: PLR0913 - what a command is made of
     alias: str = "",
     reads: Sequence[str] = (),
     standalone: Sequence[str] = (),
+    without: Sequence[str] = (),
 ) -> Callable[[Callable[..., Any]], Callable[..., None]]:
     """Turn `function(request, …)` into a Typer command with options for the flagged fields.
 
@@ -85,12 +86,13 @@ def command(  # noqa: PLR0913 - what a command is made of
         alias: another name of `--run` or `--name`, as an original program has it.
         reads: commands whose runs `latest` may be; any if there are none.
         standalone: parameters of the function that may name a file to read in place of a run.
+        without: fields of these tables that do nothing here.
     """
     room = str(cls.model_config.get("env_prefix", "")).removeprefix("MOECTL_").strip("_").lower()
     flags = {
         key: info
         for key, info in fields(cls).items()
-        if key.split(".")[0] in sections and flag_of(info)
+        if key.split(".")[0] in sections and key not in without and flag_of(info)
     }
 
     def decorate(function: Callable[..., Any]) -> Callable[..., None]:
@@ -169,8 +171,8 @@ def _request(
     stored = [folder / "settings.toml"] if folder else []
     settings, origin = resolve(cls, given, common["set"], [*stored, *files])
     if folder and resume:
-        _refuse_changes(cls, folder, settings)
         _refuse_other_command(folder, verb)
+        _refuse_changes(cls, folder, settings, verb)
         if origin.get("train.max_time") == "settings.toml":
             settings = _without_limit(settings)
     return Request(
@@ -189,6 +191,7 @@ def _request(
 
 def _read(room: str, reference: str, reads: Sequence[str]) -> Path:
     from moectl.engine.references import find_run, split_reference
+    from moectl.engine.run import read_record
 
     path = Path(reference)
     if is_file(path):
@@ -197,7 +200,11 @@ def _read(room: str, reference: str, reads: Sequence[str]) -> Path:
                 f"{path}: lies outside a run folder", f"moectl {room} import makes a run of it"
             )
         return path.parent
-    return find_run(split_reference(reference)[0], room, "finished", reads)
+    folder = find_run(split_reference(reference)[0], room, "finished", reads)
+    made_by = read_record(folder).get("command", "")
+    if reads and made_by not in reads:
+        raise UserError(f"{folder}: made by {made_by}, expected a run of {' or '.join(reads)}")
+    return folder
 
 
 def _resumed(room: str, name: str, verb: str, resume: str) -> Path | None:
@@ -208,14 +215,15 @@ def _resumed(room: str, name: str, verb: str, resume: str) -> Path | None:
     return references.find_run(resume, room) if resume else None
 
 
-def _refuse_changes(cls: type[Settings], folder: Path, settings: Settings) -> None:
+def _refuse_changes(cls: type[Settings], folder: Path, settings: Settings, verb: str) -> None:
     """A resumed run keeps its settings, but for those that cannot change its result."""
     old, new = flatten(dump(from_toml(cls, folder / "settings.toml"))), flatten(dump(settings))
     changed = [key for key in new if new[key] != old.get(key)]
     refused = [key for key in changed if key not in RESUMABLE]
     cosine = new.get("schedule.name") == "cosine" and not new.get("schedule.t_max")
-    if "train.epochs" in changed and (cosine or new["train.epochs"] < old["train.epochs"]):
-        refused.append("train.epochs")  # a cosine over all epochs would be another one
+    tied = cosine or settings.ties_epochs(verb)  # a curve over all epochs would be another one
+    if "train.epochs" in changed and (tied or new["train.epochs"] < old["train.epochs"]):
+        refused.append("train.epochs")
     if refused:
         listed = ", ".join(
             f"{key} = {new[key]!r} (the run has {old.get(key)!r})" for key in refused

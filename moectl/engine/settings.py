@@ -62,6 +62,10 @@ class Settings(BaseSettings):
         protected_namespaces=(),
     )
 
+    def ties_epochs(self, command: str) -> bool:  # noqa: ARG002
+        """Whether the number of epochs of a command shapes what it does before the last of them."""
+        return False
+
     @classmethod
     def settings_customise_sources(
         cls,

@@ -72,6 +72,7 @@ def describe(opened: Opened, examined: Examined) -> dict[str, Any]:
         "task": opened.settings.data.task,
         "images": len(examined.labels),
         "class_names": data.class_names,
+        "specialists": data.facts["specialists"],
         "owners": data.owners.int().tolist(),
         "temperature": float(opened.model.temperature),
         **analysis.summary(examined, data.owners),
@@ -88,7 +89,7 @@ def _rows(document: Mapping[str, Any]) -> list[dict[str, Any]]:
             "class": name,
             "owner": document["owners"][label][expert],
             **{kind: document[kind][expert][label] for kind in _MAPS},
-            "logit": None if attribution[label] is None else attribution[label][expert],
+            "logit": attribution[label][expert],
         }
         for expert in range(len(document["usage"]))
         for label, name in enumerate(document["class_names"])
@@ -128,7 +129,7 @@ def _table(document: Mapping[str, Any]) -> "Table":
             _mean([document[kind][expert][label] for label in owned])
             for kind in ("contribution", "forced_accuracy_own", "knock_out")
         ]
-        specialist = document["matching"][expert] + 1
+        specialist = document["specialists"][document["matching"][expert]]
         rows.append([expert, specialist, 100 * usage, *shares])
     columns = ("expert", "nearest specialist", "use", "gate", "accuracy alone", "lost without")
     title = (

@@ -6,17 +6,18 @@ Legend: N images.
 import csv
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from moectl.engine.errors import UserError
 from moectl.engine.files import is_file, is_folder
+from moectl.engine.images import read_image
 from moectl.taskmoe.files import write_data_file
 from moectl.taskmoe.manifest import NAME, TASK_A, TASK_B, WORDNET, write_manifest
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_SUFFIXES = (".jpeg", ".jpg", ".png", ".bmp", ".webp")
+_SUFFIXES = (".jpeg", ".jpg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 _SOLUTION = "LOC_val_solution.csv"
 
 
@@ -76,7 +77,7 @@ def build_task_b(imagenet: Path, out: Path) -> Path:
     folder = out / "TaskB"
     classes = {part: _class_files(imagenet, part) for part in ("train", "val")}
     for part, files in classes.items():
-        images = {id: squares(paths, TASK_B.image_size) for id, paths in files.items()}
+        images = {id: _squares(paths, TASK_B.image_size) for id, paths in files.items()}
         for entry in TASK_B.specialists:
             ids = [one.id for one in entry.classes]
             labels = [torch.full((len(images[id]),), id) for id in ids]
@@ -109,7 +110,7 @@ def image_files(folder: Path, *, deep: bool = False) -> list[Path]:
     if not is_folder(folder):
         return []
     files = folder.rglob("*") if deep else folder.iterdir()
-    return sorted(path for path in files if path.suffix.lower() in _SUFFIXES)
+    return sorted(path for path in files if path.suffix.lower() in _SUFFIXES and path.is_file())
 
 
 def _flat(root: Path, solution: Path) -> dict[int, list[Path]]:
@@ -125,31 +126,30 @@ def _flat(root: Path, solution: Path) -> dict[int, list[Path]]:
     return {id: sorted(paths) for id, paths in files.items()}
 
 
-def squares(paths: Sequence[Path], side: int) -> "Tensor":
-    """Read images as (N, side, side, 3) uint8: the shorter side scaled, the middle cut out.
+def _squares(paths: Sequence[Path], side: int) -> "Tensor":
+    import torch
+
+    return torch.stack([square(path, side) for path in paths])
+
+
+def square(path: Path, side: int) -> "Tensor":
+    """Read an image as (side, side, 3) uint8.
+
+    The shorter side is scaled smoothly, and the middle cut out.
 
     Raises:
-        UserError: naming the image that cannot be read.
+        UserError: naming the file, if it cannot be read.
     """
     import numpy as np
     import torch
-
-    return torch.from_numpy(np.stack([np.asarray(_square(path, side)) for path in paths]))
-
-
-def _square(path: Path, side: int) -> Any:
-    """Bring the shorter side to `side`, smoothly, and cut the middle out."""
     from PIL import Image
 
-    try:
-        with Image.open(path) as file:
-            image = file.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        raise UserError(f"{path}: not a readable image") from None
+    image = read_image(path)
     if image.size == (side, side):
-        return image
+        return torch.from_numpy(np.asarray(image).copy())
     scale = side / min(image.size)
     width, height = (max(round(length * scale), side) for length in image.size)
     left, top = (width - side) // 2, (height - side) // 2
     large = image.resize((width, height), Image.Resampling.BICUBIC)
-    return large.crop((left, top, left + side, top + side))
+    middle = large.crop((left, top, left + side, top + side))
+    return torch.from_numpy(np.asarray(middle).copy())

@@ -7,6 +7,7 @@ import typer
 
 from moectl.engine import console
 from moectl.engine.command import Request, command, open_run
+from moectl.engine.errors import RunFailed, UserError
 from moectl.taskmoe.settings import TaskmoeSettings
 
 _TRAINED = ("data", "model", "optim", "schedule", "train")
@@ -86,6 +87,8 @@ def merge(
     from moectl.taskmoe.report import report
     from moectl.taskmoe.stages import merge as run_merge
 
+    if request.folder:
+        raise UserError("a merge is made anew, it does not go on with one", "leave --resume out")
     references = [part for part in specialists.split(",") if part]
     with open_run(request) as run:
         document = run_merge(run.settings, run, references, submodels_dir)
@@ -116,7 +119,8 @@ def train(
     ] = None,
 ) -> None:
     """Train the mixture."""
-    from moectl.taskmoe.stages import begin, teachers
+    from moectl.taskmoe.stages import teachers
+    from moectl.taskmoe.start import begin
     from moectl.taskmoe.train import train as run_training
 
     with open_run(request) as run:
@@ -231,5 +235,7 @@ def predict(
     """Classify images: class, probability and gates of each."""
     from moectl.taskmoe.predict import lines, run_predict
 
-    rows = run_predict(request, images, task, checkpoint, temperature)
+    rows, unreadable = run_predict(request, images, task, checkpoint, temperature)
     console.result(rows, lines(rows))
+    if unreadable:
+        raise RunFailed(f"{unreadable} of {unreadable + len(rows)} images could not be read")

@@ -6,8 +6,9 @@ Letters: N images, E specialists, C classes.
 import logging
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -22,6 +23,7 @@ from moectl.engine.settings import dump, flatten, from_toml
 from moectl.engine.sources import Source
 from moectl.taskmoe.baselines import routing, union_logits
 from moectl.taskmoe.inference import Opened, examine, for_task, open_mixture
+from moectl.taskmoe.model import MergedMoE
 from moectl.taskmoe.pictures import comparison
 from moectl.taskmoe.report import report_again
 from moectl.taskmoe.settings import TaskmoeSettings
@@ -31,7 +33,6 @@ from moectl.taskmoe.stages import (
     finished,
     merged,
     merged_from,
-    newest_specialist,
 )
 from moectl.taskmoe.weights import Member, read_mixture, read_specialist, rebuild
 
@@ -56,8 +57,8 @@ NAMES = {
 }
 _HINTS = {
     "start": "a training from --merged none has no start to compare with",
-    "scratch": "moectl taskmoe train --merged none trains it",
-    "dense": "moectl taskmoe specialist --specialist 0 trains it",
+    "scratch": "moectl taskmoe train --merged none with the same settings trains it",
+    "dense": "moectl taskmoe specialist --specialist 0 with the same settings trains it",
 }
 
 
@@ -90,9 +91,10 @@ def run_compare(
     """
     if against not in NAMES:
         raise UserError(f"--against {against}: no such row", f"one of {', '.join(NAMES)}")
-    opened = open_mixture(for_task(request, task), None, None)
+    opened = open_mixture(for_task(request, task))
     members = _members(opened, references)
-    rows = {**_routed(opened, members), **_merged(opened, members), **_trained(opened)}
+    logits = _union(opened, members, opened.data.test)
+    rows = {**_routed(opened, members, logits), **_merged(opened, members), **_trained(opened)}
     if rows[against].right is None:
         raise UserError(f"--against {against}: {_HINTS[against]}")
     document: dict[str, Any] = {
@@ -100,7 +102,7 @@ def run_compare(
         "task": opened.settings.data.task,
         "against": against,
         "images": len(opened.data.test),
-        "own_classes": _own(opened, members),
+        "own_classes": _own(opened, logits),
         "rows": _measured(rows, against, opened.settings),
         "seeds": _seeds(opened),
     }
@@ -138,18 +140,18 @@ def _union(opened: Opened, members: Sequence[Member], source: Source) -> Tensor:
     return union_logits(found, rows, len(data.class_names))
 
 
-def _routed(opened: Opened, members: Sequence[Member]) -> dict[str, Row]:
+def _routed(opened: Opened, members: Sequence[Member], logits: Tensor) -> dict[str, Row]:
     data = opened.data
-    logits, val = _union(opened, members, data.test), _union(opened, members, data.val)
+    val = _union(opened, members, data.val)
     labels = data.test.labels.cpu()
     found = routing(logits, labels, data.owners, val_logits=val, val_labels=data.val.labels.cpu())
     return {name: Row(NAMES[name], found[name] == labels) for name in NAMES if name in found}
 
 
-def _own(opened: Opened, members: Sequence[Member]) -> list[dict[str, Any]]:
+def _own(opened: Opened, logits: Tensor) -> list[dict[str, Any]]:
     """Return how each specialist does on the images of its own classes alone."""
     data: Any = opened.data
-    logits, labels = _union(opened, members, data.test), data.test.labels.cpu()
+    labels = data.test.labels.cpu()
     described = []
     for number, name in enumerate(data.facts["specialists"]):
         mine = data.owners[labels, number].bool()
@@ -166,52 +168,58 @@ def _merged(opened: Opened, members: Sequence[Member]) -> dict[str, Row]:
         section = opened.settings.merge.model_copy(update={"method": method, **plain})
         settings = opened.settings.model_copy(update={"merge": section})
         model, _ = merged(settings, opened.data, members, opened.accelerator.device)
-        rows[method] = Row(NAMES[method], _right(opened, replace(opened, model=model.eval())))
+        rows[method] = Row(NAMES[method], _right(opened, model.eval()))
     start = opened.folder / MERGED
+    rows["start"] = Row(NAMES["start"], None, _HINTS["start"])
     if is_file(start):
-        model = rebuild(read_mixture(start, opened.settings)).to(opened.accelerator.device)
-        rows["start"] = Row(NAMES["start"], _right(opened, replace(opened, model=model)))
-    else:
-        rows["start"] = Row(NAMES["start"], None, _HINTS["start"])
+        rows["start"] = Row(NAMES["start"], _of_file(opened, start))
     return rows
 
 
-def _right(opened: Opened, other: Opened) -> Tensor:
-    found = examine(
-        other.model, opened.data.test, opened.accelerator, opened.settings.eval.batch_size
-    )
+def _right(opened: Opened, model: MergedMoE) -> Tensor:
+    data, size = opened.data, opened.settings.eval.batch_size
+    found = examine(model, data.test, opened.accelerator, size)
     return found.logits().argmax(1) == found.labels
 
 
+def _of_file(opened: Opened, path: Path) -> Tensor:
+    model = rebuild(read_mixture(path, opened.settings))
+    return _right(opened, model.to(opened.accelerator.device))
+
+
 def _trained(opened: Opened) -> dict[str, Row]:
-    """Return the mixture, and what else was trained on all classes."""
-    rows = {"mixture": Row(NAMES["mixture"], _right(opened, opened))}
-    for name, found in (("scratch", _scratch(opened)), ("dense", _dense(opened))):
-        hint = "" if found is not None else _HINTS[name]
-        rows[name] = Row(NAMES[name], found, hint)
-    return rows
+    """Return the mixture, and what else was trained on all classes in the same way."""
+    return {
+        "mixture": Row(NAMES["mixture"], _right(opened, opened.model)),
+        "scratch": _scratch(opened),
+        "dense": _dense(opened),
+    }
 
 
-def _scratch(opened: Opened) -> Tensor | None:
+def _scratch(opened: Opened) -> Row:
+    wanted = _recipe(opened.settings, "merge.", "eval.", "specialist.")
     for folder, record in finished("train"):
         settings = from_toml(TaskmoeSettings, folder / "settings.toml")
-        same = (settings.data, settings.model) == (opened.settings.data, opened.settings.model)
-        if same and not record.get("parents"):
-            weights = read_mixture(folder / "best_model.pth", opened.settings)
-            model = rebuild(weights).to(opened.accelerator.device)
-            return _right(opened, replace(opened, model=model))
-    return None
+        alike = _recipe(settings, "merge.", "eval.", "specialist.") == wanted
+        if alike and not record.get("parents"):
+            right = _of_file(opened, folder / "best_model.pth")
+            return Row(NAMES["scratch"], right, str(folder))
+    return Row(NAMES["scratch"], None, _HINTS["scratch"])
 
 
-def _dense(opened: Opened) -> Tensor | None:
-    path = newest_specialist(opened.settings.data.task, 0)
-    if path is None:
-        return None
-    member = read_specialist(path, opened.settings, 0)
-    if member.class_ids != opened.data.class_ids:
-        return None
-    logits = _union(opened, [member], opened.data.test)[:, 0]
-    return logits.argmax(1) == opened.data.test.labels.cpu()
+def _dense(opened: Opened) -> Row:
+    """Return the dense network that was trained like the mixture, and is as large."""
+    own = ("merge.", "eval.", "specialist.", "gate.", "loss.", "train.")
+    wanted = (_recipe(opened.settings, *own), opened.settings.train.epochs)
+    for folder, _ in finished("specialist"):
+        settings = from_toml(TaskmoeSettings, folder / "settings.toml")
+        alike = (_recipe(settings, *own), settings.train.epochs) == wanted
+        if alike and settings.specialist.number == 0:
+            member = read_specialist(folder / "best_model.pth", opened.settings, 0)
+            logits = _union(opened, [member], opened.data.test)[:, 0]
+            right = logits.argmax(1) == opened.data.test.labels.cpu()
+            return Row(NAMES["dense"], right, str(folder))
+    return Row(NAMES["dense"], None, _HINTS["dense"])
 
 
 def _share(right: Tensor) -> dict[str, float]:
@@ -233,24 +241,29 @@ def _measured(
             entry |= dict.fromkeys(("accuracy", "low", "high", "difference"))
             entry |= dict.fromkeys(("difference_low", "difference_high", "p_value"))
         else:
-            section = settings.eval
-            gain = paired(row.right, reference, max(section.bootstrap, 1), section.seed)
+            draws = settings.eval.bootstrap
+            gain = paired(row.right, reference, max(draws, 1), settings.eval.seed)
+            bounds = (100 * gain.low, 100 * gain.high) if draws else (None, None)
             entry |= _share(row.right)
             entry |= {"difference": 100 * gain.difference, "p_value": gain.p_value}
-            entry |= {"difference_low": 100 * gain.low, "difference_high": 100 * gain.high}
+            entry |= {"difference_low": bounds[0], "difference_high": bounds[1]}
         described.append({**entry, "note": row.note})
     return described
 
 
 def _seeds(opened: Opened) -> dict[str, Any]:
-    """Return mean and deviation over all trainings whose settings differ in the seed alone."""
+    """Return mean and deviation over all trainings that differ from this one in the seed alone."""
+    wanted, origin = _recipe(opened.settings, "eval.", "specialist."), opened.folder / MERGED
     found: dict[int, float] = {}
-    wanted = _without_seed(opened.settings)
     for folder, record in finished("train"):
         settings = from_toml(TaskmoeSettings, folder / "settings.toml")
         accuracy = record.get("scores", {}).get("best", {}).get("overall_accuracy")
-        if accuracy is not None and _without_seed(settings) == wanted:
-            found.setdefault(settings.train.seed, float(accuracy))
+        merged_alike = is_file(folder / MERGED) == is_file(origin)
+        alike = merged_alike and _recipe(settings, "eval.", "specialist.") == wanted
+        if accuracy is not None and alike:
+            own = folder.resolve() == opened.folder.resolve()
+            others = {} if own else found
+            found = {**found, settings.train.seed: float(accuracy), **others}
     values = list(found.values())
     return {
         "accuracies": {str(seed): value for seed, value in sorted(found.items())},
@@ -259,14 +272,13 @@ def _seeds(opened: Opened) -> dict[str, Any]:
     }
 
 
-def _without_seed(settings: TaskmoeSettings) -> dict[str, Any]:
+def _recipe(settings: TaskmoeSettings, *without: str) -> dict[str, Any]:
+    """Return the settings that shape a result, but for the seed and some tables."""
     irrelevant = {*RESUMABLE, "train.seed"} - {"train.epochs"}
-    values = flatten(dump(settings))
-    sections = ("eval.", "specialist.")
     return {
-        key: value
-        for key, value in values.items()
-        if key not in irrelevant and not key.startswith(sections)
+        name: value
+        for name, value in flatten(dump(settings)).items()
+        if name not in irrelevant and not name.startswith(without)
     }
 
 

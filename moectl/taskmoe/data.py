@@ -54,20 +54,17 @@ class Data:
     image_size: int
     test_ids: list[int]
     """Label of each test image in its file."""
-    test_specialists: list[int]
-    """Number of the specialist from whose file each test image comes."""
     test_counts: Tensor
     """(N,) int64, how often each test image occurs in the files."""
     facts: dict[str, object]
     """Plain values for the records of a run."""
 
 
-def load(section: "DataSection", seed: int, statistics: Statistics | None = None) -> Data:
+def load(section: "DataSection", statistics: Statistics | None = None) -> Data:
     """Load the union of what the specialists know.
 
     Args:
         section: of the settings.
-        seed: of the division of the training images.
         statistics: to normalise by; those of the training images if not given.
 
     Raises:
@@ -75,17 +72,16 @@ def load(section: "DataSection", seed: int, statistics: Statistics | None = None
     """
     manifest, folder = find_manifest(section.task, section.root)
     labels = label_map(manifest, section.label_map)
-    return _load(manifest, folder, section, labels, seed, statistics)
+    return _load(manifest, folder, section, labels, statistics)
 
 
-def load_specialist(section: "DataSection", seed: int, index: int) -> Data:
+def load_specialist(section: "DataSection", index: int) -> Data:
     """Load what one specialist knows: its files, its classes in the order of its rows.
 
-    With the same seed its validation images are those that validate the union.
+    With the same `split_seed` its validation images are those that validate the union.
 
     Args:
         section: of the settings.
-        seed: of the division of the training images.
         index: number of the specialist in the manifest.
 
     Raises:
@@ -98,7 +94,12 @@ def load_specialist(section: "DataSection", seed: int, index: int) -> Data:
             f"specialists are numbered from 0 to {len(manifest.specialists) - 1}",
         )
     alone = replace(manifest, specialists=(manifest.specialists[index],))
-    return _load(alone, folder, section, label_map(alone, "offset"), seed, None)
+    return _load(alone, folder, section, label_map(alone, "offset"), None)
+
+
+def split_of(section: "DataSection") -> dict[str, Any]:
+    """Return what decides which training images validate, as plain values."""
+    return {"seed": section.split_seed, "fraction": section.val_fraction, "dedup": section.dedup}
 
 
 def check(section: "DataSection") -> dict[str, Any]:
@@ -152,13 +153,12 @@ def _load(
     folder: Path,
     section: "DataSection",
     labels: dict[int, int],
-    seed: int,
     statistics: Statistics | None,
 ) -> Data:
     found = {part: _read(manifest, folder, part, section.allow_pickle) for part in _PARTS}
     kept = {part: dedup(rows, section.dedup) for part, rows in found.items()}
     pool, test = kept["train"].rows, kept["test"]
-    held = held_out(pool, section.val_fraction, seed)
+    held = held_out(pool, section.val_fraction, section.split_seed)
     train, val = (
         pool.take([row for row, out in enumerate(held) if out is part]) for part in (False, True)
     )
@@ -180,7 +180,6 @@ def _load(
         std=std,
         image_size=manifest.image_size,
         test_ids=test.rows.ids,
-        test_specialists=test.rows.specialists,
         test_counts=torch.tensor(test.counts, dtype=torch.int64),
         facts={
             "task": manifest.task,

@@ -51,7 +51,9 @@ def evaluate(
         right = logits.argmax(1) == examined.labels
         document["overall_accuracy"] = counted_twice(right, data.test_counts)
         document["n"] = int(data.test_counts.sum())
+        document["interval"] = None  # Wilson's is of images that are drawn independently
     found = analysis.summary(examined, data.owners)
+    ablations = {name: 100 * share for name, share in found.pop("ablations").items()}
     cells = scores.confusion(logits.argmax(1), examined.labels, len(data.class_names))
     return {
         **document,
@@ -60,9 +62,10 @@ def evaluate(
         "usage": found["usage"],
         "temperature": float(opened.model.temperature),
         "dedup": opened.settings.data.dedup,
-        "ablations": {name: 100 * share for name, share in found["ablations"].items()},
+        "ablations": ablations,
         "expert_analysis": found,
         "class_names": data.class_names,
+        "specialists": data.facts["specialists"],
         "owners": data.owners.int().tolist(),
         "selected_on": opened.settings.train.select_on,
         "task": opened.settings.data.task,
@@ -90,7 +93,10 @@ def write_evaluation(
     samples = [_sample(opened, examined, row) for row in _chosen(opened, examined)]
     if samples:
         sample_predictions(folder / "sample_predictions.png", samples)
-    write_text(folder / "report.md", evaluation_text(document))
+    else:
+        (folder / "sample_predictions.png").unlink(missing_ok=True)
+    pictures = [path.name for path in sorted(folder.glob("*.png"))]
+    write_text(folder / "report.md", evaluation_text(document, pictures))
     return samples
 
 
@@ -163,15 +169,17 @@ def run_eval(  # noqa: PLR0913 - the options of a command
     tasks = ["A", "B"] if task == "both" else [task]
     if checkpoint and (model_dir or len(tasks) > 1):
         raise UserError("--checkpoint goes neither with --model-dir nor with --task both")
-    documents = []
+    documents, accelerator = [], None
     for one in tasks:
         file = checkpoint
         if model_dir:
-            file = _most_accurate(model_dir / f"Task{one}" if len(tasks) > 1 else model_dir)
-        opened = open_mixture(for_task(request, one), file, temperature)
+            file = _most_accurate(model_dir, one)
+        opened = open_mixture(for_task(request, one), file, temperature, accelerator)
+        accelerator = opened.accelerator
         examined = opened.examine()
         document = evaluate(opened, examined, count_shared_twice)
-        folder = opened.folder / "evals" / f"test@{opened.tag}"
+        changed = "-twice" if count_shared_twice else ""
+        folder = opened.folder / "evals" / f"test@{opened.tag}{changed}"
         if out is not None:
             folder = out / f"Task{one}" if len(tasks) > 1 else out
         if opened.accelerator.is_main_process:
@@ -192,8 +200,10 @@ def _announce(samples: Sequence[Sample], folder: Path) -> None:
     log.info("tables and pictures: %s", folder)
 
 
-def _most_accurate(folder: Path) -> Path:
+def _most_accurate(root: Path, task: str) -> Path:
     """Return the weights file with the highest accuracy in its name, as the original wrote it."""
+    own = root / f"Task{task}"
+    folder = own if task and own.is_dir() else root
     files = sorted(folder.glob("*.pth")) if folder.is_dir() else []
     if not files:
         raise UserError(f"{folder}: no .pth file in it", "--run REF measures a run")
@@ -220,10 +230,9 @@ def _table(documents: Sequence[Mapping[str, Any]]) -> "Table":
         names, classes = document["class_accuracies"], document["classes"]
         for name, accuracy in names.items():
             found = classes[name]
-            interval = [found["wilson_low"], found["wilson_high"]]
-            bounds = [None if bound is None else 100 * bound for bound in interval]
+            bounds = (found["wilson_low"], found["wilson_high"])
             rows.append([document["task"], name, found["n"], accuracy, *bounds])
-        low, high = document["interval"]
+        low, high = document["interval"] or (None, None)
         overall = document["overall_accuracy"]
         rows.append([document["task"], "all", document["n"], overall, low, high])
     columns = ("task", "class", "images", "accuracy", "low", "high")

@@ -1,5 +1,6 @@
 """Opening a trained mixture, and what it says about images, in one pass."""
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,16 +61,22 @@ class Opened:
         return examine(self.model, source, self.accelerator, self.settings.eval.batch_size)
 
 
-def open_mixture(request: Request, checkpoint: Path | None, temperature: float | None) -> Opened:
+def open_mixture(
+    request: Request,
+    checkpoint: Path | None = None,
+    temperature: float | None = None,
+    accelerator: "Accelerator | None" = None,
+) -> Opened:
     """Open the mixture that a command asks for.
 
     Args:
         request: the run, if one is read, and the settings.
         checkpoint: a file to open instead.
         temperature: of the gates; that of the weights if None.
+        accelerator: that of a mixture opened before, as there is one per process.
 
     Raises:
-        UserError: if the weights are not those of a mixture, or their data is not there.
+        UserError: if the weights are not those of a mixture, or not as the request describes them.
     """
     settings: Any = request.settings
     reference = request.run
@@ -78,46 +85,66 @@ def open_mixture(request: Request, checkpoint: Path | None, temperature: float |
     path = checkpoint or find_weights(reference, "taskmoe")
     weights = read_mixture(path, settings)
     facts = weights.facts
-    settings = _as_trained(settings, facts, path, checked=checkpoint is not None)
-    if temperature is not None and temperature <= 0:
+    settings = _as_trained(request, facts, path)
+    if temperature is not None and not 0 < temperature < math.inf:
         raise UserError(f"--temperature {temperature}: expected a number above 0")
     record = path.parent / "run.json"
     precision = str(read_record(path.parent)["precision"]) if record.is_file() else ""
-    accelerator = build_accelerator(settings.train, request.cpu, precision)
+    accelerator = accelerator or build_accelerator(settings.train, request.cpu, precision)
     model = rebuild(weights).to(accelerator.device)
     if temperature is not None:
         model.temperature.fill_(temperature)
-    epoch = int(facts.get("epoch", 0))
     tag = split_reference(reference)[1] if checkpoint is None else path.stem
     return Opened(
         model=model,
         settings=settings,
         accelerator=accelerator,
         facts=facts,
-        weights={"file": str(path), "sha256": weights.sha256, "epoch": epoch},
+        weights={"file": str(path), "sha256": weights.sha256, "epoch": facts.get("epoch", 0)},
         folder=path.parent,
-        tag=(f"epoch{tag}" if tag.isdigit() else tag) or path.stem,
+        tag=_tag(tag or path.stem, settings, facts, temperature),
     )
 
 
-def _as_trained(
-    settings: TaskmoeSettings, facts: dict[str, Any], path: Path, *, checked: bool
-) -> TaskmoeSettings:
-    """Return the settings with the task and the order of the classes that the weights know.
+def _tag(
+    tag: str, settings: TaskmoeSettings, facts: dict[str, Any], temperature: float | None
+) -> str:
+    """Name the conditions of a measurement, so that one does not take the place of another."""
+    parts = [f"epoch{tag}" if tag.isdigit() else tag]
+    parts += [] if temperature is None else [f"T{temperature:g}"]
+    dedup = settings.data.dedup
+    parts += [] if facts.get("split", {}).get("dedup", dedup) == dedup else [f"dedup_{dedup}"]
+    return "-".join(parts)
+
+
+def _as_trained(request: Request, facts: dict[str, Any], path: Path) -> TaskmoeSettings:
+    """Return the settings with what the weights themselves know.
 
     Raises:
-        UserError: if a file that was named is of another task than the one that was named.
+        UserError: if something else was asked for.
     """
-    task = settings.data.task
-    if checked and task not in (TaskmoeSettings().data.task, facts["task"]):
-        raise UserError(f"{path}: is of task {facts['task']}, not {task}")
-    known = {"task": facts["task"], "label_map": facts["label_map"]}
-    return settings.model_copy(update={"data": settings.data.model_copy(update=known)})
+    settings: Any = request.settings
+    known = {"data.task": facts["task"], "data.label_map": facts["label_map"]}
+    known |= {f"model.{name}": value for name, value in facts["arguments"].items()}
+    values = flatten(dump(settings))
+    for key in _asked(request):
+        if key in known and values[key] != known[key]:
+            raise UserError(f"{path}: has {key} = {known[key]}, asked for is {values[key]}")
+    split = facts.get("split", {})
+    own = {"task": facts["task"], "label_map": facts["label_map"]}
+    own |= {"split_seed": split["seed"], "val_fraction": split["fraction"]} if split else {}
+    return settings.model_copy(update={"data": settings.data.model_copy(update=own)})
+
+
+def _asked(request: Request) -> list[str]:
+    """Return the keys that were set for this command, not by the run."""
+    kept = ("default", "settings.toml")
+    return [key for key, place in request.origin.items() if place not in kept]
 
 
 def _data_of(settings: TaskmoeSettings, facts: dict[str, Any], file: str) -> Data:
     stored = (tuple(facts["mean"]), tuple(facts["std"])) if facts["mean"] else None
-    data = load(settings.data, settings.train.seed, stored)
+    data = load(settings.data, stored)
     if data.class_names != facts["class_names"]:
         raise UserError(
             f"{file}: has the classes {', '.join(facts['class_names'][:5])} …, the data of task"
@@ -142,7 +169,8 @@ def for_task(request: Request, task: str) -> Request:
         return request
     if request.folder is None:
         data = settings.data.model_copy(update={"task": task})
-        return replace(request, settings=settings.model_copy(update={"data": data}))
+        settings = settings.model_copy(update={"data": data})
+        return replace(request, settings=settings, origin={**request.origin, "data.task": "--task"})
     if request.run != "latest":
         if settings.data.task != task:
             raise UserError(f"{request.folder}: is of task {settings.data.task}, not {task}")
@@ -160,8 +188,7 @@ def for_task(request: Request, task: str) -> Request:
 def _resolved(request: Request, folder: Path) -> TaskmoeSettings:
     """Return the settings of a run, with what the request itself asks for on top."""
     values = flatten(dump(request.settings))
-    kept = ("default", "settings.toml")
-    asked = {key: values[key] for key, place in request.origin.items() if place not in kept}
+    asked = {key: values[key] for key in _asked(request)}
     return resolve(TaskmoeSettings, asked, [], [folder / "settings.toml"])[0]
 
 

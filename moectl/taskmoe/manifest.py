@@ -11,6 +11,7 @@ from moectl.engine.files import is_file, write_text
 from moectl.engine.toml import parse_toml, read_toml
 
 NAME = "manifest.toml"
+_SMALLEST = 4  # pixels, of which the two max pools leave one
 _Kinds = dict[str, type]
 _KINDS = {str: "text", int: "a whole number", list: "a list", dict: "a table"}
 
@@ -141,8 +142,10 @@ def owners(manifest: Manifest, labels: dict[int, int]) -> list[list[int]]:
 
 def _manifest(table: dict[str, Any], where: str) -> Manifest:
     found = _fields(table, f"{where}: ", {"task": str, "image_size": int, "specialist": list})
-    if found["image_size"] < 1:
-        raise UserError(f"{where}: image_size is {found['image_size']}, expected at least 1 pixel")
+    if found["image_size"] < _SMALLEST:
+        raise UserError(
+            f"{where}: image_size is {found['image_size']}, expected at least {_SMALLEST} pixels"
+        )
     specialists = tuple(
         _specialist(entry, f"{where}: specialist[{number}]")
         for number, entry in enumerate(found["specialist"])

@@ -72,8 +72,8 @@ def counted_twice(right: Tensor, counts: Tensor) -> float:
 
 
 def _class(hits: int, count: int) -> dict[str, Any]:
-    low, high = wilson(hits, count) if count else (None, None)
-    return {"n": count, "correct": hits, "wilson_low": low, "wilson_high": high}
+    bounds = [100 * bound for bound in wilson(hits, count)] if count else [None, None]
+    return {"n": count, "correct": hits, "wilson_low": bounds[0], "wilson_high": bounds[1]}
 
 
 def _per_task(logits: Tensor, labels: Tensor, owners: Tensor) -> list[float | None]:

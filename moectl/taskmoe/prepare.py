@@ -6,9 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from moectl.engine import console
 from moectl.engine.errors import UserError
-from moectl.engine.files import is_file
 from moectl.taskmoe.build import build_task_a, build_task_b
-from moectl.taskmoe.manifest import NAME
 from moectl.taskmoe.settings import DataSection
 
 if TYPE_CHECKING:
@@ -31,9 +29,9 @@ def build(
     Raises:
         UserError: if the task is another one, its source is not there, or its files are.
     """
-    manifest = section.root / f"Task{section.task}" / NAME
-    if is_file(manifest):
-        raise UserError(f"{manifest}: is there already", "delete its folder to build it again")
+    folder = section.root / f"Task{section.task}"
+    if folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"{folder}: is not empty", "move it away to build the files anew")
     match section.task:
         case "A":
             path = build_task_a(cifar or section.root, section.root)

@@ -43,6 +43,8 @@ def report(folder: Path) -> None:
     for path in sorted(folder.glob("evals/comparison@*/comparison.json")):
         parts.append(_comparison(loads_or_none(path) or {}))
     pictures = [*folder.glob("plots/*.png"), *folder.glob("evals/*/*.png")]
+    if evaluations:  # theirs is the same picture
+        pictures = [path for path in pictures if path != folder / "plots" / "expert_analysis.png"]
     parts += ["## Pictures"] if pictures else []
     parts += [image(str(path.relative_to(folder)), _caption(path)) for path in sorted(pictures)]
     write_text(folder / "report.md", paragraphs(parts))
@@ -73,12 +75,11 @@ def draw_analysis(folder: Path, document: Mapping[str, Any], name: str) -> None:
     expert_analysis(path, document, document["class_names"], document["owners"])
 
 
-def evaluation_text(document: Mapping[str, Any]) -> str:
-    """Write the report of one evaluation, to lie beside its pictures."""
-    names = ("sample_predictions.png", "expert_analysis.png", "confusion_matrix.png")
+def evaluation_text(document: Mapping[str, Any], pictures: Sequence[str]) -> str:
+    """Write the report of one evaluation, to lie beside the pictures named."""
     title = f"# Task {document['task']}"
-    pictures = [image(name, _caption(Path(name))) for name in names]
-    return paragraphs([title, *_evaluation(document, "test images"), *pictures])
+    shown = [image(name, _caption(Path(name))) for name in pictures]
+    return paragraphs([title, *_evaluation(document, "test images"), *shown])
 
 
 def _caption(path: Path) -> str:
@@ -187,11 +188,12 @@ def _bounded(row: Mapping[str, Any]) -> list[str | None]:
 
 
 def _headline(document: Mapping[str, Any], what: str) -> str:
-    low, high = document["interval"]
+    interval = document["interval"]
+    bounds = f" [{interval[0]:.1f}, {interval[1]:.1f}]" if interval else ""
     shares = [document["macro_accuracy"], document["group_accuracy"]]
     within = document["within_group_accuracy"]
     rows: list[list[object]] = [
-        ["accuracy", f"{document['overall_accuracy']:.2f} [{low:.1f}, {high:.1f}]"],
+        ["accuracy", f"{document['overall_accuracy']:.2f}{bounds}"],
         ["mean over classes", f"{shares[0]:.2f}"],
         ["right group of classes", f"{shares[1]:.2f}"],
         ["right class within it", None if within is None else f"{within:.2f}"],
@@ -206,7 +208,9 @@ def _headline(document: Mapping[str, Any], what: str) -> str:
     if document["selected_on"] == "test":
         notes.append("**The best epoch was chosen on these very images.**")
     if document["count_shared_twice"]:
-        notes.append("Images of shared classes count as often as the files hold them.")
+        notes.append(
+            "In the accuracy images of shared classes count as often as the files hold them."
+        )
     if document["leakage"]:
         notes.append(f"{document['leakage']} of them are among the training images too.")
     return paragraphs([f"## Results, {what}", " ".join(notes), table(("", ""), rows)])
@@ -217,7 +221,8 @@ def _classes(document: Mapping[str, Any]) -> str:
     rows = []
     for name, accuracy in document["class_accuracies"].items():
         found = document["classes"][name]
-        interval = f"{percent(found['wilson_low'])} – {percent(found['wilson_high'])}"
+        bounds = (found["wilson_low"], found["wilson_high"])
+        interval = None if bounds[0] is None else f"{bounds[0]:.1f} – {bounds[1]:.1f}"
         theirs = [published.classes.get(name)] if published else []
         shown = None if accuracy is None else f"{accuracy:.1f}"
         rows.append([name, found["n"], shown, interval, *theirs])
@@ -250,9 +255,9 @@ def _groups(document: Mapping[str, Any]) -> str:
 
 def _experts(document: Mapping[str, Any]) -> str:
     found = document["expert_analysis"]
+    names = document["specialists"]
     matching = ", ".join(
-        f"expert {number} – specialist {owner + 1}"
-        for number, owner in enumerate(found["matching"])
+        f"expert {number} – {names[owner]}" for number, owner in enumerate(found["matching"])
     )
     return (
         f"Experts an image uses on average: {found['effective_experts']:.2f}."

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from moectl.engine.sections import OptimSection, ScheduleSection, TrainSection
@@ -25,8 +25,15 @@ class DataSection(Section):
     """Random transforms of the training images."""
     val_fraction: Annotated[float, Flag("--val-fraction"), Field(gt=0, lt=1)] = 0.1
     """Share of every class of the training images that selects the best epoch."""
+    split_seed: Annotated[int, Flag("--split-seed"), Field(ge=0)] = 100
+    """Seed of the choice of these images; the same for specialists, merge and training."""
     allow_pickle: Annotated[bool, Flag("--allow-pickle")] = False
     """Read data files that hold more than tensors and plain types; they may run code."""
+
+    @field_validator("task")
+    @classmethod
+    def _one_name_for_a_manifest(cls, task: str) -> str:
+        return str(Path(task).resolve()) if task.endswith(".toml") else task
 
 
 class ModelSection(Section):
@@ -179,12 +186,21 @@ class TaskmoeSettings(Settings):
     specialist: SpecialistSection = SpecialistSection()
     eval: EvalSection = EvalSection()
 
+    def ties_epochs(self, command: str) -> bool:
+        """Whether the number of epochs shapes what is done before the last of them."""
+        return (
+            command == "train"
+            and self.gate.schedule != "constant"
+            and not (self.gate.anneal_epochs)
+        )
+
     @model_validator(mode="after")
     def _whole_batches(self) -> "TaskmoeSettings":
-        if self.train.accumulate > 1 and self.loss.balance_weight:
+        whole = self.loss.balance_weight or self.loss.reduction == "sum"
+        if self.train.accumulate > 1 and whole:
             raise ValueError(
-                f"train.accumulate = {self.train.accumulate} would balance the experts over parts"
-                " of a batch: use more processes, or loss.balance_weight = 0"
+                f"train.accumulate = {self.train.accumulate}: the experts are balanced over whole"
+                " batches; use more processes, or loss.balance_weight = 0 and loss.reduction = mean"
             )
         return self
 

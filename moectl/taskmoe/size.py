@@ -12,7 +12,7 @@ from moectl.taskmoe.settings import TaskmoeSettings
 
 def mixture(settings: TaskmoeSettings) -> dict[str, Any]:
     """Return images, parameters, multiply-adds and updates of `train`."""
-    data = load(settings.data, settings.train.seed)
+    data = load(settings.data)
     return _size(settings, data, train.build(settings, data))
 
 

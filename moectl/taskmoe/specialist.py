@@ -17,7 +17,7 @@ from moectl.engine.run import Run
 from moectl.engine.seeding import seed_all
 from moectl.engine.settings import dump
 from moectl.taskmoe.baselines import dense_width
-from moectl.taskmoe.data import Data, load, load_specialist
+from moectl.taskmoe.data import Data, load, load_specialist, split_of
 from moectl.taskmoe.manifest import find_manifest
 from moectl.taskmoe.model import MergedMoE, Specialist
 from moectl.taskmoe.report import report
@@ -65,15 +65,15 @@ def load_classes(settings: TaskmoeSettings) -> Data:
     Raises:
         UserError: if there is no such specialist, or its data cannot be read.
     """
-    number, seed = settings.specialist.number, settings.train.seed
+    number = settings.specialist.number
     if number == 0:
-        return load(settings.data, seed)
+        return load(settings.data)
     count = len(find_manifest(settings.data.task, settings.data.root)[0].specialists)
     if number > count:
         raise UserError(
             f"specialist.number is {number}, task {settings.data.task} has {count} specialists"
         )
-    return load_specialist(settings.data, seed, number - 1)
+    return load_specialist(settings.data, number - 1)
 
 
 def build(settings: TaskmoeSettings, data: Data) -> Specialist:
@@ -103,6 +103,7 @@ def facts_of(settings: TaskmoeSettings, data: Data) -> dict[str, Any]:
         "mean": list(data.mean),
         "std": list(data.std),
         "image_size": data.image_size,
+        "split": split_of(settings.data),
         "moectl": __version__,
     }
 
@@ -110,14 +111,15 @@ def facts_of(settings: TaskmoeSettings, data: Data) -> dict[str, Any]:
 def _save(loop: Loop, data: Data, epoch: int, *, best: bool) -> None:
     run, settings = loop.run, loop.run.settings
     last = epoch == settings.train.epochs or loop.patience_ends
+    facts = facts_of(settings, data)
     payload = {
         "epoch": epoch,
         "model_state_dict": loop.module.state_dict(),
-        "accuracy": 100 * loop.best["value"],
+        "accuracy": 100 * float(loop.extra[MONITOR] or 0),
         "config": dump(settings),
         "format_version": 1,
+        **facts,
     }
-    facts = facts_of(settings, data)
     if last:
         run.save_weights("last.pth", payload, facts, epoch=epoch)
     if best:

@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,18 +13,18 @@ from torch import Tensor
 from moectl.engine.artefact import Artefact
 from moectl.engine.errors import UserError
 from moectl.engine.files import is_file, is_folder, read_json, write_json
-from moectl.engine.references import all_runs, find_weights
+from moectl.engine.references import all_runs, find_weights, split_reference
 from moectl.engine.run import Run
 from moectl.engine.seeding import key
 from moectl.engine.sources import TensorSource
 from moectl.taskmoe.align import renormalise
-from moectl.taskmoe.data import Data, load
+from moectl.taskmoe.data import Data, load, split_of
 from moectl.taskmoe.manifest import find_manifest
-from moectl.taskmoe.merge import assemble, step_zero
+from moectl.taskmoe.merge import Report, assemble, step_zero
 from moectl.taskmoe.model import MergedMoE, Specialist
 from moectl.taskmoe.settings import TaskmoeSettings
 from moectl.taskmoe.train import build, facts_of
-from moectl.taskmoe.weights import Member, change_of, read_mixture, read_specialist
+from moectl.taskmoe.weights import Member, change_of, read_specialist
 
 log = logging.getLogger(__name__)
 
@@ -56,8 +56,13 @@ def find_specialists(
             raise UserError(f"{len(references)} specialists are given, the task has {count}")
         paths = [find_weights(best(reference), "taskmoe") for reference in references]
     elif submodels:
-        paths = _submodel_files(submodels / _folder_name(settings), count)
-    elif all(one.checkpoint for one in manifest.specialists):
+        paths = _submodel_files(submodels / folder_name(settings), count)
+    elif any(one.checkpoint for one in manifest.specialists):
+        missing = [one.name for one in manifest.specialists if not one.checkpoint]
+        if missing:
+            raise UserError(
+                f"task {manifest.task}: the manifest names no checkpoint of {missing[0]}"
+            )
         paths = [folder / one.checkpoint for one in manifest.specialists]
     else:
         paths = _newest(settings.data.task, count)
@@ -69,15 +74,23 @@ def find_specialists(
                 f"{member.path}: is {width} channels wide, model.width is {settings.model.width}",
                 f"--width {width}",
             )
+        if member.split not in (None, split_of(settings.data)):
+            log.warning(
+                "%s: was trained with another choice of validation images; some of those that"
+                " choose the mixture's epoch are known to it",
+                member.path,
+            )
     return found
 
 
 def best(reference: str) -> str:
     """Make a reference to a run one to its best weights, unless it says which."""
-    return reference if "@" in reference or is_file(Path(reference)) else f"{reference}@best"
+    chosen = split_reference(reference)[1] or is_file(Path(reference))
+    return reference if chosen else f"{reference}@best"
 
 
-def _folder_name(settings: TaskmoeSettings) -> str:
+def folder_name(settings: TaskmoeSettings) -> str:
+    """Return the name of a task's folder of specialists."""
     task = settings.data.task
     return Path(task).resolve().parent.name if is_file(Path(task)) else task
 
@@ -126,79 +139,6 @@ def finished(command: str) -> list[tuple[Path, dict[str, Any]]]:
     ]
 
 
-def begin(
-    run: Run[TaskmoeSettings], merged: str, submodels: Path | None, checkpoint: Path | None
-) -> Artefact | None:
-    """Return the weights that a training starts from, and keep them in its run folder.
-
-    Args:
-        run: the run; one that goes on has them already.
-        merged: the run of a merge, or `none` for random weights.
-        submodels: folder of specialists to merge first.
-        checkpoint: weights of a mixture to go on from.
-
-    Raises:
-        UserError: if several are given, none is found, or one is of another task or form.
-    """
-    own = run.folder / MERGED
-    if run.resuming and is_file(own):
-        return read_mixture(own, run.settings)
-    if sum(map(bool, (merged, submodels, checkpoint))) > 1:
-        raise UserError("--merged, --submodels-dir and --load-model-path exclude each other")
-    if merged == "none":
-        return None
-    path = checkpoint or (None if submodels else _find_merge(run.settings.data.task, merged))
-    if path is None:
-        merge(run.settings, run, [], submodels or SUBMODELS, best=False)
-        return read_mixture(own, run.settings)
-    start = read_mixture(path, run.settings)
-    _check_form(start, run.settings)
-    run.note(parents=[{"path": str(path), "sha256": start.sha256}])
-    payload = {"model_state_dict": start.payload["model_state_dict"], "epoch": 0}
-    run.save_weights(MERGED, {**payload, "format_version": 1}, start.facts, epoch=0)
-    return start
-
-
-def _find_merge(task: str, reference: str) -> Path | None:
-    """Return the merged weights of a run; None if the original's folder of specialists is there."""
-    if reference:
-        return find_weights(best(reference), "taskmoe")
-    for folder, _ in finished("merge"):
-        path = find_weights(f"{folder}@best", "taskmoe")
-        if read_json(path.with_name(f"{path.name}.json"))["task"] == task:
-            return path
-    if is_folder(SUBMODELS / task):
-        return None
-    raise UserError(
-        f"task {task}: no finished merge",
-        "moectl taskmoe merge makes one; --submodels-dir DIR merges weights files, and"
-        " --merged none starts from random weights",
-    )
-
-
-def _check_form(start: Artefact, settings: TaskmoeSettings) -> None:
-    """Refuse weights of another task, or of a network that the settings do not describe."""
-    facts = start.facts
-    if facts["task"] != settings.data.task:
-        raise UserError(
-            f"{start.path}: is of task {facts['task']}, the settings say {settings.data.task}",
-            f"--task {facts['task']}",
-        )
-    if facts["label_map"] != settings.data.label_map:
-        raise UserError(
-            f"{start.path}: numbers the classes by the {facts['label_map']} map,"
-            f" data.label_map is {settings.data.label_map}"
-        )
-    form = ("num_experts", "width", "combine", "gating_feature_dim", "shared_until")
-    for name in form:
-        theirs, ours = facts["arguments"].get(name), getattr(settings.model, name)
-        if theirs is not None and theirs != ours:
-            raise UserError(
-                f"{start.path}: has {name} = {theirs}, model.{name} is {ours}",
-                f"--set model.{name}={theirs}",
-            )
-
-
 def merge(
     settings: TaskmoeSettings,
     run: Run[TaskmoeSettings],
@@ -222,15 +162,24 @@ def merge(
     Raises:
         UserError: as `find_specialists`, and if the specialists do not fit each other.
     """
-    data = load(settings.data, settings.train.seed)
+    data = load(settings.data)
     found = find_specialists(settings, references, submodels)
-    parents = [{"path": str(part.path), "sha256": part.sha256} for part in found]
+    for number, part in enumerate(found, 1):
+        log.info("specialist %d: %s", number, part.path)
+    parents = [{"path": str(part.path.resolve()), "sha256": part.sha256} for part in found]
     run.note(parents=parents)
-    model, document = merged(settings, data, found, run.device)
+    model, report = merged(settings, data, found, run.device)
+    document = {
+        "specialists": [str(part.path) for part in found],
+        **settings.merge.model_dump(),
+        **_measured(settings, data, model, run.device),
+        **asdict(report),
+    }
     facts = {
         **facts_of(settings, data),
         "temperature": float(model.temperature),
         "specialists": parents,
+        "merge": settings.merge.model_dump(),
     }
     payload = {"model_state_dict": model.state_dict(), "epoch": 0, "format_version": 1, **facts}
     run.save_weights(MERGED, payload, facts, epoch=0, best=best)
@@ -238,14 +187,14 @@ def merge(
         run.note(scores={name: document[name] for name in ("step_zero", "random_control")})
     if run.is_main:
         write_json(run.folder / "merge_report.json", document)
-    _announce(document)
+    announce(document)
     return document
 
 
 def merged(
     settings: TaskmoeSettings, data: Data, members: Sequence[Member], device: torch.device
-) -> tuple[MergedMoE, dict[str, Any]]:
-    """Return the mixture of specialists, and the report on it as plain values.
+) -> tuple[MergedMoE, Report]:
+    """Return the mixture of specialists, and what its merging did.
 
     Raises:
         UserError: if the specialists do not fit each other.
@@ -264,19 +213,22 @@ def merged(
         )
     except ValueError as error:
         raise UserError(f"the specialists cannot be merged: {error}") from None
+    return model, report
+
+
+def _measured(
+    settings: TaskmoeSettings, data: Data, model: MergedMoE, device: torch.device
+) -> dict[str, Any]:
+    """Measure a mixture before any training, beside one with random weights."""
     batches = [images for images, _ in data.val.ordered(256, device)]
     control = build(settings, data).to(device)
-    document = {
-        "specialists": [str(member.path) for member in members],
+    return {
         "class_names": data.class_names,
         "owners": data.owners.int().tolist(),
-        **settings.merge.model_dump(),
         "measured_on": "validation images",
         "step_zero": step_zero(model, batches, data.val.labels, data.owners),
         "random_control": step_zero(control, batches, data.val.labels, data.owners),
-        **asdict(report),
     }
-    return model, document
 
 
 def _seeing(member: Member, data: Data) -> Specialist:
@@ -294,7 +246,8 @@ def _some(source: TensorSource, seed: int) -> tuple[Tensor, Tensor]:
     return source.plain(source.images[chosen]), source.labels[chosen]
 
 
-def _announce(document: dict[str, Any]) -> None:
+def announce(document: Mapping[str, Any]) -> None:
+    """Log what a merge is worth before any training."""
     for name, words in (("step_zero", "merged"), ("random_control", "random weights")):
         found = document[name]
         own = ", ".join("–" if one is None else f"{100 * one:.1f}" for one in found["own_accuracy"])
@@ -318,22 +271,29 @@ def teachers(settings: TaskmoeSettings, start: Artefact | None) -> list[Member]:
     return merged_from(settings, start) if settings.loss.distill_weight else []
 
 
-def merged_from(settings: TaskmoeSettings, start: Artefact | None) -> list[Member]:
+def merged_from(
+    settings: TaskmoeSettings, start: Artefact | None, hint: str = "start from a merge"
+) -> list[Member]:
     """Return the specialists that weights were merged from.
+
+    Args:
+        settings: which task.
+        start: the merged weights.
+        hint: what to do if they are gone.
 
     Raises:
         UserError: if they are not known, no longer there, or not the same files any more.
     """
     listed = start.facts.get("specialists", []) if start else []
     if not listed:
-        raise UserError(
-            "the specialists of this mixture are not known",
-            "start from a merge, or name them with --specialists",
-        )
+        raise UserError("the specialists of this mixture are not known", hint)
     found = []
     for number, entry in enumerate(listed, 1):
-        member = read_specialist(Path(entry["path"]), settings, number)
+        try:
+            member = read_specialist(Path(entry["path"]), settings, number)
+        except UserError as error:
+            raise UserError(error.message, hint) from None
         if member.sha256 != entry["sha256"]:
-            raise UserError(f"{member.path}: is not the file that was merged any more")
+            raise UserError(f"{member.path}: is not the file that was merged any more", hint)
         found.append(member)
     return found

@@ -22,7 +22,7 @@ from moectl.engine.seeding import seed_all
 from moectl.engine.settings import dump
 from moectl.taskmoe import analysis
 from moectl.taskmoe.analysis import Examined
-from moectl.taskmoe.data import Data, load
+from moectl.taskmoe.data import Data, load, split_of
 from moectl.taskmoe.eval import evaluate, write_evaluation
 from moectl.taskmoe.inference import Opened, examine
 from moectl.taskmoe.losses import (
@@ -57,19 +57,21 @@ def train(
         start: the merged weights to begin with; random ones if None.
         teachers: the specialists, if their soft targets are to be distilled.
     """
-    _warn(settings)
-    data = load(settings.data, settings.train.seed)
+    _check(settings, run)
+    data = load(settings.data)
     model = build(settings, data).to(memory_format=torch.channels_last)
     if start is not None:
         load_state(model, start.payload["model_state_dict"], start.path)
     shared = list(model.feature_extractor.parameters())
     own = [weights for name, weights in model.named_parameters() if "feature_extractor" not in name]
-    groups = [{"params": shared}, {"params": own}]
+    groups = [{"params": own}, {"params": shared}]
     optimizer = build_optimizer(settings.optim, groups)
     schedule = build_schedule(settings.schedule, settings.optim.lr, settings.train.epochs)
     loop = run.loop(model, data.train, optimizer, schedule, MONITOR, smallest=2)
     owners = data.owners.to(run.device)
     log.info("%s: %d images, %d classes", run.folder, len(data.train), len(data.class_names))
+    for member in teachers:
+        member.model.to(run.device)
     loop.rehearse(lambda: _examined(loop, data, 1))
 
     for step in loop:
@@ -114,8 +116,11 @@ def build(settings: TaskmoeSettings, data: Data) -> MergedMoE:
     )
 
 
-def _warn(settings: TaskmoeSettings) -> None:
+def _check(settings: TaskmoeSettings, run: Run[TaskmoeSettings]) -> None:
+    """Refuse what cannot be computed, and warn of what is probably not wanted."""
     gate, loss = settings.gate, settings.loss
+    if loss.reduction == "sum" and run.accelerator.num_processes > 1:
+        raise UserError("loss.reduction = sum needs all of a batch in one process")
     for name, value, low, high in (
         ("initial", gate.initial_temperature, 1.5, 4.0),
         ("final", gate.final_temperature, 0.3, 1.0),
@@ -129,6 +134,10 @@ def _warn(settings: TaskmoeSettings) -> None:
             loss.balance_weight,
             images * loss.diversity_weight,
         )
+    if settings.model.top_k == 1:
+        log.warning("model.top_k = 1 gives the gates no gradient: they stay as they began")
+    if settings.train.select_on == "test":
+        log.warning("the best epoch is chosen on the test images: val/… are their scores")
 
 
 def _prepare(loop: Loop, model: MergedMoE, step: Step) -> None:
@@ -139,7 +148,7 @@ def _prepare(loop: Loop, model: MergedMoE, step: Step) -> None:
     model.temperature.fill_(temperature_at(step.epoch, epochs, *ends, gate.schedule))
     if step.epoch < settings.train.freeze_extractor_epochs:
         model.feature_extractor.eval()
-        loop.optimizer.param_groups[0]["lr"] = 0.0
+        loop.optimizer.param_groups[1]["lr"] = 0.0
     elif not model.feature_extractor.training:
         model.feature_extractor.train()
     if loop.run.is_main and loop.batch == 0 and step.epoch and step.epoch % _CURVE_EVERY == 0:
@@ -191,7 +200,7 @@ def epoch_scores(examined: Examined, owners: Tensor, temperature: float) -> dict
     return {
         "val/loss": negative_log_likelihood(logits.softmax(1), labels),
         "val/accuracy": scores.accuracy(logits.argmax(1), labels),
-        "val/owner_alignment": float((gates * owners[labels]).sum(1).mean()),
+        "val/owner_alignment": analysis.owner_alignment(examined, owners),
         "val/effective_gates": float(effective_experts(gates)),
         "val/gate_entropy": float(gate_entropy(gates)),
         "temperature": temperature,
@@ -212,6 +221,7 @@ def facts_of(settings: TaskmoeSettings, data: Data) -> dict[str, Any]:
         "mean": list(data.mean),
         "std": list(data.std),
         "image_size": data.image_size,
+        "split": split_of(settings.data),
         "moectl": __version__,
     }
 
@@ -227,7 +237,7 @@ def _save(loop: Loop, model: MergedMoE, data: Data, epoch: int, *, best: bool) -
         "epoch": epoch,
         "model_state_dict": model.state_dict(),
         "optimizer_state_dict": loop.optimizer.state_dict(),
-        "accuracy": 100 * loop.best["value"],
+        "accuracy": 100 * float(loop.extra[MONITOR] or 0),
         "config": dump(settings),
         "format_version": 1,
         **facts,
@@ -242,11 +252,15 @@ def _analyse(loop: Loop, data: Data, examined: Examined, epoch: int) -> None:
     """Draw what the experts do: after the first epoch, and after every interval."""
     every = loop.run.settings.train.expert_analysis_interval
     if loop.run.is_main and every and (epoch == 1 or epoch % every == 0):
-        document = analysis.summary(examined, data.owners)
-        owners = data.owners.int().tolist()
-        found = {"epoch": epoch, "class_names": data.class_names, "owners": owners, **document}
-        write_json(loop.run.folder / "expert_analysis.json", found)
-        draw_analysis(loop.run.folder, found, f"expert_analysis_epoch{epoch}.png")
+        _write_analysis(loop, data, examined, epoch, f"expert_analysis_epoch{epoch}.png")
+
+
+def _write_analysis(loop: Loop, data: Data, examined: Examined, epoch: int, picture: str) -> None:
+    owners = data.owners.int().tolist()
+    found = {"epoch": epoch, "class_names": data.class_names, "owners": owners}
+    found |= analysis.summary(examined, data.owners)
+    write_json(loop.run.folder / "expert_analysis.json", found)
+    draw_analysis(loop.run.folder, found, picture)
 
 
 def _finish(loop: Loop, model: MergedMoE, data: Data) -> None:
@@ -275,6 +289,9 @@ def _finish(loop: Loop, model: MergedMoE, data: Data) -> None:
     if run.is_main:
         write_evaluation(run.folder / "evals" / "test@best", opened, examined, document)
         _write_results(loop, data, weights.facts, document)
+        if run.settings.train.expert_analysis_interval:
+            epoch = weights.facts["epoch"]
+            _write_analysis(loop, data, examined, epoch, "expert_analysis.png")
         run.note(wall_seconds=round(run.elapsed_seconds, 3))
         report(run.folder)
     log.info(

@@ -35,6 +35,8 @@ class Member:
     """(R,) label in the data files of each row of its classifier."""
     statistics: Statistics
     """Of the images that it was trained on."""
+    split: dict[str, Any] | None = None
+    """See `data.split_of`; None if it is not known."""
 
     def ask(self, images: Tensor, statistics: Statistics) -> Tensor:
         """Return its logits (B, R) for images (B, 3, H, W) normalised by other statistics."""
@@ -63,7 +65,7 @@ def read_specialist(path: Path, settings: TaskmoeSettings, number: int) -> Membe
         UserError: if the file holds something else, or another specialist.
     """
     weights = artefact.load(path)
-    facts, task = weights.facts, settings.data.task
+    facts, task = weights.facts or _told(weights, "Specialist"), settings.data.task
     if facts and (facts.get("model"), facts.get("task"), facts.get("number")) != (
         "Specialist",
         task,
@@ -71,7 +73,8 @@ def read_specialist(path: Path, settings: TaskmoeSettings, number: int) -> Membe
     ):
         raise UserError(f"{path}: {_identity(facts)}, expected specialist {number} of task {task}")
     state = _state(weights)
-    rows, width = _shape(state, "classifier.3.weight", path)[0], _shape(state, _FIRST, path)[0]
+    rows = _shape(state, "classifier.3.weight", 2, path)[0]
+    width = _shape(state, _FIRST, 4, path)[0]
     model = Specialist(rows, width, settings.model.dropout_expert)
     load_state(model, state, path)
     if facts:
@@ -79,11 +82,12 @@ def read_specialist(path: Path, settings: TaskmoeSettings, number: int) -> Membe
     else:
         manifest, _ = find_manifest(task, settings.data.root)
         ids = [one.id for one in manifest.specialists[number - 1].classes]
-        data = load_specialist(settings.data, settings.train.seed, number - 1)
+        data = load_specialist(settings.data, number - 1)
         statistics = (data.mean, data.std)
     if len(ids) != rows:
         raise UserError(f"{path}: tells {rows} classes apart, specialist {number} knows {len(ids)}")
-    return Member(path, weights.sha256, model.eval(), list(ids), statistics)
+    split = facts.get("split")
+    return Member(path, weights.sha256, model.eval(), list(ids), statistics, split)
 
 
 _FIRST = "conv1.conv.weight"
@@ -115,8 +119,7 @@ def read_mixture(path: Path, settings: TaskmoeSettings) -> Artefact:
         if weights.facts.get("model") != "MergedMoE":
             raise UserError(f"{path}: {_identity(weights.facts)}, expected a mixture")
         return weights
-    if weights.payload.get("model") == "MergedMoE":  # one of ours that was copied alone
-        facts = {name: value for name, value in weights.payload.items() if name not in _STATES}
+    if facts := _told(weights, "MergedMoE"):
         return replace(weights, facts=facts)
     state = _state(weights)
     if "temperature" not in state:
@@ -142,17 +145,26 @@ def read_mixture(path: Path, settings: TaskmoeSettings) -> Artefact:
         "mean": weights.payload.get("mean"),
         "std": weights.payload.get("std"),
         "image_size": manifest.image_size,
-        "temperature": float(state["temperature"]),
-        "epoch": int(weights.payload.get("epoch", 0)),
+        "epoch": weights.payload.get("epoch", 0),
     }
-    rebuild(replace(weights, payload={"model_state_dict": state}, facts=facts))  # or an error
-    return replace(weights, payload={"model_state_dict": state}, facts=facts)
+    found = replace(weights, payload={"model_state_dict": state}, facts=facts)
+    facts["temperature"] = float(rebuild(found).temperature)
+    return found
 
 
 def rebuild(weights: Artefact) -> MergedMoE:
-    """Return the mixture that weights from `read_mixture` belong to, in evaluation mode."""
-    model = MergedMoE(**weights.facts["arguments"])
+    """Return the mixture that weights from `read_mixture` belong to, in evaluation mode.
+
+    Raises:
+        UserError: if they do not fit the network that they say they are of.
+    """
+    try:
+        model = MergedMoE(**weights.facts["arguments"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{weights.path}: describes no mixture ({error})") from None
     load_state(model, weights.payload["model_state_dict"], weights.path)
+    if not model.temperature > 0:
+        raise UserError(f"{weights.path}: temperature is {float(model.temperature)}, not above 0")
     return model.eval()
 
 
@@ -160,7 +172,8 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> Non
     """Load weights strictly.
 
     Raises:
-        UserError: naming the first entry that is missing, not known, or of another shape.
+        UserError: naming the first entry that is missing, not known, of another shape or not
+            finite.
     """
     own = model.state_dict()
     for name in [*own, *state]:
@@ -172,7 +185,16 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> Non
                 f"{path}: {name} has shape {tuple(state[name].shape)},"
                 f" expected {tuple(own[name].shape)}"
             )
+        if not state[name].isfinite().all():
+            raise UserError(f"{path}: {name} is not finite")
     model.load_state_dict(dict(state))
+
+
+def _told(weights: Artefact, model: str) -> dict[str, Any]:
+    """Return what one of our files says of itself, for one that was copied without its sidecar."""
+    if weights.payload.get("model") != model:
+        return {}
+    return {name: value for name, value in weights.payload.items() if name not in _STATES}
 
 
 def _state(weights: Artefact) -> dict[str, Tensor]:
@@ -188,18 +210,23 @@ def _state(weights: Artefact) -> dict[str, Tensor]:
     return found
 
 
-def _shape(state: Mapping[str, Tensor], name: str, path: Path) -> tuple[int, ...]:
-    if name not in state or not state[name].ndim:
+def _shape(state: Mapping[str, Tensor], name: str, axes: int, path: Path) -> tuple[int, ...]:
+    if name not in state:
         raise UserError(f"{path}: lacks {name}")
-    return tuple(state[name].shape)
+    shape = tuple(state[name].shape)
+    if len(shape) != axes or not shape[0]:
+        raise UserError(
+            f"{path}: {name} has shape {shape}, expected {axes} axes, none of them empty"
+        )
+    return shape
 
 
 def _arguments(state: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
     """Read the form of a public mixture off its weights."""
     numbers = {name.split(".")[1] for name in state if name.startswith("experts.")}
-    width = _shape(state, "feature_extractor.0.conv.weight", path)[0]
+    width = _shape(state, "feature_extractor.0.conv.weight", 4, path)[0]
     mixes_logits = any(name.startswith("heads.") for name in state)
-    last = _shape(state, "heads.0.weight" if mixes_logits else "classifier.weight", path)
+    last = _shape(state, "heads.0.weight" if mixes_logits else "classifier.weight", 2, path)
     by_pass = {} if mixes_logits else {"gating_feature_dim": max(last[1] - 8 * width, 0)}
     return {
         "classes": last[0],

@@ -1,12 +1,15 @@
 """The order of samples, and the batches of tensors and of files."""
 
 from itertools import islice
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from moectl.engine.sources import FolderSource, Stream, TensorSource
+from moectl.engine.errors import UserError
+from moectl.engine.sections import TrainSection
+from moectl.engine.sources import FolderSource, Stream, TensorSource, stream_of
 
 CPU = torch.device("cpu")
 
@@ -54,6 +57,75 @@ def test_epochs_and_seeds_have_orders_of_their_own() -> None:
         tuple(Stream(30, 8, seed).order(epoch).tolist()) for seed in (1, 2) for epoch in (0, 1)
     }
     assert len(orders) == 4
+
+
+@pytest.mark.parametrize(
+    ("samples", "world", "accumulate", "batches"),
+    [
+        (24, 1, 1, 3),
+        (25, 1, 1, 3),  # one sample is left
+        (26, 1, 1, 4),
+        (26, 2, 1, 3),
+        (27, 2, 1, 3),  # two and one
+        (28, 2, 1, 4),
+        (27, 1, 2, 3),
+        (28, 1, 2, 4),
+        (31, 2, 2, 3),
+        (32, 2, 2, 4),
+    ],
+)
+def test_a_last_batch_with_a_chunk_below_the_smallest_is_left_out(
+    samples: int, world: int, accumulate: int, batches: int
+) -> None:
+    for rank in range(world):
+        stream = Stream(samples, 8, 7, rank, world, accumulate, smallest=2)
+        chunks = list(stream.epoch(3))
+        assert stream.batches_per_epoch == batches
+        assert len(chunks) == batches * accumulate
+        assert min(len(chunk.rows) for chunk in chunks) >= 2
+
+
+def test_what_is_left_out_differs_between_epochs() -> None:
+    stream = Stream(25, 8, 7, smallest=2)
+    seen = [torch.cat([chunk.rows for chunk in stream.epoch(number)]) for number in range(4)]
+    missing = [set(range(25)) - set(rows.tolist()) for rows in seen]
+    assert all(len(rows) == 1 for rows in missing)
+    assert len(set.union(*missing)) > 1
+
+
+def test_a_smallest_of_one_leaves_nothing_out() -> None:
+    for samples in range(1, 20):
+        for rank in range(2):
+            given = Stream(samples, 8, 7, rank, 2, smallest=1)
+            plain = Stream(samples, 8, 7, rank, 2)
+            assert given.batches_per_epoch == -(-samples // 8)
+            assert [c.rows.tolist() for c in given.epoch(0)] == [
+                c.rows.tolist() for c in plain.epoch(0)
+            ]
+
+
+def accelerator(rank: int, world: int) -> Any:
+    return SimpleNamespace(num_processes=world, process_index=rank)
+
+
+def test_every_process_gets_its_own_hand_of_the_same_order() -> None:
+    train = TrainSection(batch_size=8, seed=3, accumulate=2)
+    for rank in range(2):
+        found = stream_of(29, train, accelerator(rank, 2), smallest=2)
+        assert found == Stream(29, 8, 3, rank, 2, 2, smallest=2)
+
+
+def test_a_batch_that_cannot_be_dealt_out_is_refused() -> None:
+    with pytest.raises(UserError, match=r"9 does not divide by 2 processes x train.accumulate = 1"):
+        stream_of(29, TrainSection(batch_size=9), accelerator(0, 2))
+
+
+def test_data_too_small_for_a_single_batch_is_refused() -> None:
+    train = TrainSection(batch_size=8)
+    assert stream_of(4, train, accelerator(1, 2), smallest=2).batches_per_epoch == 1
+    with pytest.raises(UserError, match="3 training images are too few for 2 processes"):
+        stream_of(3, train, accelerator(1, 2), smallest=2)
+    assert stream_of(3, train, accelerator(1, 2)).batches_per_epoch == 1
 
 
 class Noise:

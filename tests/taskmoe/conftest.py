@@ -1,8 +1,10 @@
 """A tiny pipeline, run once: three specialists of scanned digits, their merge, its training."""
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -65,3 +67,30 @@ def runs(finished_runs: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The same folder as the one that commands look into; not to be written to."""
     monkeypatch.setenv("MOECTL_RUNS", str(finished_runs))
     return finished_runs / "taskmoe"
+
+
+@pytest.fixture
+def own_runs(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The finished runs, as a copy that may be changed."""
+    monkeypatch.setenv("MOECTL_RUNS", str(tmp_path / "runs"))
+    return shutil.copytree(runs, tmp_path / "runs" / "taskmoe")
+
+
+@pytest.fixture
+def new_run(tmp_path: Path) -> Callable[..., Any]:
+    """Make a run of a training that has not begun, with settings such as model__width=8."""
+    from moectl.engine.launch import build_accelerator
+    from moectl.engine.run import create
+    from moectl.engine.settings import resolve
+    from moectl.taskmoe.settings import TaskmoeSettings
+
+    tiny = {"data.task": "digits", "model.width": 4, "train.precision": "no"}
+
+    def make(**changes: Any) -> Any:
+        named = {name.replace("__", "."): value for name, value in changes.items()}
+        wanted = resolve(TaskmoeSettings, {**tiny, **named}, [], [])[0]
+        made: Any = {"room": "taskmoe", "command": "train", "name": "train", "origin": {}}
+        accelerator = build_accelerator(wanted.train, cpu=True)
+        return create(wanted, accelerator, out=tmp_path / "run", **made)
+
+    return make

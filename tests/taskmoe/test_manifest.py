@@ -134,7 +134,7 @@ def test_a_manifest_that_could_not_be_read_back_is_not_written(tmp_path):
         ('task = "own"', 'task = ""', r"task is empty"),
         ("image_size = 8", "image_size = true", r"image_size is True, expected a whole number"),
         ("image_size = 8", "image_size = 8.0", r"image_size is 8\.0, expected a whole number"),
-        ("image_size = 8", "image_size = 0", r"image_size is 0, expected at least 1"),
+        ("image_size = 8", "image_size = 0", r"image_size is 0, expected at least 4"),
         ("image_size = 8", "image_sise = 8", r"image_sise is not known"),
         ('name = "wild"', 'name = "pets"', r"specialist: the name 'pets' occurs twice"),
         ('name = "wild"', "", r"specialist\[1\]\.name is missing"),
