@@ -29,7 +29,7 @@ CONTENTS: dict[str, tuple[str, dict[str, str]]] = {
             "train": "Train the mixture.",
             "eval": "Measure a trained mixture on the test images.",
             "analyze": "Show what every expert and the gates do.",
-            "plot": "The same as analyze.",
+            "plot": "Show what every expert and the gates do.",
             "compare": "Compare the mixture with routing, merging and training baselines.",
             "predict": "Classify images: class, probability and gates of each.",
         },

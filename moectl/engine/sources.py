@@ -102,6 +102,10 @@ def stream_of(
             f"train.batch_size = {train.batch_size} does not divide by {world} processes"
             f" x train.accumulate = {train.accumulate}"
         )
+    if train.batch_size < smallest * world * train.accumulate:
+        raise UserError(
+            f"train.batch_size = {train.batch_size} leaves a process fewer than {smallest} samples"
+        )
     rank = accelerator.process_index
     stream = Stream(samples, train.batch_size, train.seed, rank, world, train.accumulate, smallest)
     if not stream.batches_per_epoch:

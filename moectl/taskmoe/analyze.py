@@ -58,7 +58,8 @@ def run_analyze(
         write_json(folder / "expert_analysis.json", document)
         write_text(folder / "expert_analysis.csv", csv_text(_rows(document)))
         _draw(folder, opened, examined, document)
-        report_again(opened.folder)
+        if out is None:
+            report_again(opened.folder)
         log.info("tables and pictures: %s", folder)
     return {"folder": str(folder), **document}, _table(document)
 

@@ -184,7 +184,8 @@ def run_eval(  # noqa: PLR0913 - the options of a command
             folder = out / f"Task{one}" if len(tasks) > 1 else out
         if opened.accelerator.is_main_process:
             _announce(write_evaluation(folder, opened, examined, document), folder)
-            report_again(opened.folder)
+            if out is None:
+                report_again(opened.folder)
             if show:
                 _open(sorted(folder.glob("*.png")))
         documents.append({"folder": str(folder), **document})

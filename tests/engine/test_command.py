@@ -289,8 +289,9 @@ def test_a_reading_command_has_neither_name_nor_folder_of_its_own(
 
 def test_resumable_keys_exist_in_some_system() -> None:
     from moectl.balpoe.settings import BalpoeSettings
+    from moectl.taskmoe.settings import TaskmoeSettings
 
-    assert set(RESUMABLE) <= set(fields(BalpoeSettings))
+    assert set(RESUMABLE) <= {*fields(BalpoeSettings), *fields(TaskmoeSettings)}
 
 
 def test_the_wrapped_function_keeps_its_name_and_text(toy: ModuleType) -> None:

@@ -97,8 +97,10 @@ def test_the_run_to_read_may_have_another_name() -> None:
     assert {**plain, "run": ()} == {**named, "run": ()}
 
 
-def test_the_other_name_of_the_run_is_for_commands_that_read_one() -> None:
-    assert spellings(True, "--experts-dir") == spellings(True, "")
+def test_the_other_name_is_the_runs_to_read_or_the_one_to_make() -> None:
+    plain, named = (spellings(True, alias) for alias in ("", "--model-name"))
+    assert named["name"] == (*plain["name"], "--model-name")
+    assert {**plain, "name": ()} == {**named, "name": ()}
 
 
 def test_completion_offers_presets_and_runs(toy: ModuleType) -> None:

@@ -120,6 +120,13 @@ def test_a_batch_that_cannot_be_dealt_out_is_refused() -> None:
         stream_of(29, TrainSection(batch_size=9), accelerator(0, 2))
 
 
+def test_a_batch_must_leave_every_process_enough_samples() -> None:
+    train = TrainSection(batch_size=2)
+    assert stream_of(100, train, accelerator(0, 1), smallest=2).batches_per_epoch == 50
+    with pytest.raises(UserError, match="2 leaves a process fewer than 2 samples"):
+        stream_of(100, train, accelerator(0, 2), smallest=2)
+
+
 def test_data_too_small_for_a_single_batch_is_refused() -> None:
     train = TrainSection(batch_size=8)
     assert stream_of(4, train, accelerator(1, 2), smallest=2).batches_per_epoch == 1

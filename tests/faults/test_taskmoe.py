@@ -65,6 +65,7 @@ for line in sys.stdin:
         os._exit(_run(["taskmoe", *words]))
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
+KILLED: list[tuple[tuple[str, ...], str]]
 KILLED = [(MIXTURE, where) for where in ("7", "weights", "end")]
 KILLED += [(SPECIALIST, where) for where in ("7", "weights")]
 EARLY = (MIXTURE, "rehearsal")
@@ -225,6 +226,7 @@ def test_two_processes_balance_the_whole_batch(
         gates = (inputs @ weight.requires_grad_()).softmax(1)
         loss = balance_loss(gates.mean(0), case["kind"], top_shares(gates))
         loss.backward()
+        assert weight.grad is not None
         assert case["usage"] == pytest.approx(gates.mean(0).tolist(), abs=1e-6)
         assert case["loss"] == pytest.approx(loss.item(), abs=1e-6)
         assert torch.allclose(torch.tensor(case["gradient"]), weight.grad, atol=1e-6)

@@ -18,6 +18,7 @@ from moectl.taskmoe.analyze import TEMPERATURES
 
 Call = Callable[..., tuple[int, str, str]]
 
+AT_HALF = ("--temperature", "0.5", "--quiet", "--set", "train.precision=no")
 KINDS = ("contribution", "routing_share", "forced_accuracy", "forced_accuracy_own", "knock_out")
 FILES = {
     *("expert_analysis.json", "expert_analysis.csv", "expert_analysis.png"),
@@ -44,19 +45,22 @@ def own(finished_runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def weights(own: Path) -> Path:
-    """The weights of the training with gates that are far from equal, alone in a file."""
+    """Weights with gates that are far from equal and decide much, alone in a file."""
     payload = torch.load(own / "t" / "best_model.pth", weights_only=True)
-    payload["model_state_dict"]["gating_network.gate_net.4.weight"] *= 1000
+    state = payload["model_state_dict"]
+    state["gating_network.gate_net.4.weight"] *= 300
+    state["classifier.weight"][:, : 3 * 32] *= 30
     torch.save(payload, own.parent / "sharp.pth")
     return own.parent / "sharp.pth"
 
 
 @pytest.fixture(scope="module")
 def folder(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Their analysis at temperature 2."""
+    """Their analysis at temperature 0.5."""
     out = tmp_path_factory.mktemp("analysis")
-    words = ("analyze", "--checkpoint", str(weights), "--temperature", "2", "--quiet")
-    assert _run(["taskmoe", *words, "--out", str(out)]) == 0
+    assert (
+        _run(["taskmoe", "analyze", *AT_HALF, "--checkpoint", str(weights), "--out", str(out)]) == 0
+    )
     return out
 
 
@@ -69,9 +73,7 @@ def document(folder: Path) -> Any:
 def results(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The evaluation of the same weights at the same temperature."""
     out = tmp_path_factory.mktemp("results")
-    words = ("eval", "--checkpoint", str(weights), "--temperature", "2", "--quiet")
-    words += ("--out", str(out))
-    assert _run(["taskmoe", *words]) == 0
+    assert _run(["taskmoe", "eval", *AT_HALF, "--checkpoint", str(weights), "--out", str(out)]) == 0
     return json.loads((out / "results.json").read_text())
 
 
@@ -126,8 +128,8 @@ def test_the_sweep_passes_through_the_evaluation(document: Any, results: Any) ->
     sweep = document["temperature_sweep"]
     assert list(sweep) == [str(one) for one in TEMPERATURES]
     assert len(set(sweep.values())) > 4
-    assert sweep["2.0"] == pytest.approx(results["overall_accuracy"] / 100)
-    assert document["temperature"] == 2.0
+    assert sweep["0.5"] == pytest.approx(results["overall_accuracy"] / 100)
+    assert document["temperature"] == 0.5
 
 
 def test_experts_are_matched_to_different_specialists(document: Any) -> None:

@@ -270,8 +270,8 @@ def test_samples_are_images_of_different_classes_with_their_predictions(
     assert len({one.true for one in chosen}) == 5
     rows = predictions(Path("here"))
     for one in chosen:
-        own = [row for row in rows if row["confidence"] == f"{round(one.confidence, 6)}"]
-        assert (one.true, one.predicted) in {(row["label"], row["prediction"]) for row in own}
+        like = [row for row in rows if row["confidence"] == f"{round(one.confidence, 6)}"]
+        assert (one.true, one.predicted) in {(row["label"], row["prediction"]) for row in like}
 
 
 def test_there_are_no_more_samples_than_classes(
@@ -318,9 +318,9 @@ def two_tasks(isolated: Path) -> Path:
         folder = Path("data") / f"Task{task}"
         entries = []
         for one in DIGITS.specialists:
-            names = {part: f"{part}_{one.name}.pth" for part in ("train", "test")}
-            entries.append(replace(one, **names))
-            for name in names.values():
+            names = [f"{part}_{one.name}.pth" for part in ("train", "test")]
+            entries.append(replace(one, train=names[0], test=names[1]))
+            for name in names:
                 images = torch.randint(0, 256, (12, 3, 16, 16), generator=draws, dtype=torch.uint8)
                 labels = [entry.id for entry in one.classes] * 4
                 write_data_file(folder / name, images, torch.tensor(labels))
@@ -349,3 +349,11 @@ def test_a_folder_without_weights_is_refused(taskmoe: Call) -> None:
     code, out, err = taskmoe("eval", "--task", "digits", "--model-dir", "nowhere")
     assert (code, out) == (2, "")
     assert "nowhere: no .pth file in it" in err
+
+
+def test_results_elsewhere_leave_the_run_as_it_is(taskmoe: Call, own_runs: Path) -> None:
+    (own_runs / "t" / "report.md").unlink()
+    for command in ("eval", "analyze"):
+        code, _, _ = taskmoe(command, "--run", "t", "--out", command, "--quiet")
+        assert code == 0
+    assert not (own_runs / "t" / "report.md").exists()

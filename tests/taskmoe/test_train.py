@@ -62,7 +62,8 @@ def annealed(finished_runs: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 @pytest.fixture(scope="module")
 def brief(finished_runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Train one epoch from the merge; the same words give the same run."""
-    root, done = tmp_path_factory.mktemp("brief"), {}
+    root = tmp_path_factory.mktemp("brief")
+    done: dict[tuple[str, ...], Path] = {}
 
     def run(*words: str) -> Path:
         if words not in done:
