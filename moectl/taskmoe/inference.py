@@ -91,7 +91,7 @@ def open_mixture(
     record = path.parent / "run.json"
     precision = str(read_record(path.parent)["precision"]) if record.is_file() else ""
     accelerator = accelerator or build_accelerator(settings.train, request.cpu, precision)
-    model = rebuild(weights).to(accelerator.device, memory_format=torch.channels_last)
+    model = rebuild(weights).to(accelerator.device).to(memory_format=torch.channels_last)
     if temperature is not None:
         model.temperature.fill_(temperature)
     tag = split_reference(reference)[1] if checkpoint is None else path.stem
