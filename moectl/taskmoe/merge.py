@@ -89,7 +89,7 @@ def assemble(  # noqa: PLR0913
     owners: Tensor,
     rows: Sequence[Sequence[int]],
     *,
-    method: Method = "align",
+    method: Method = "average",
     bn: Norm = "recalibrate",
     classifier_init: Literal["assembled", "random"] = "assembled",
     gate_init: Literal["uniform", "prototype"] = "uniform",
@@ -103,7 +103,7 @@ def assemble(  # noqa: PLR0913
         specialists: one per expert, in the experts' order.
         owners: (C, E), 1 where a specialist knows a class.
         rows: per specialist, the class of each row of its classifier.
-        method: shared layers from matched and averaged channels, averaged ones, the first
+        method: shared layers averaged, averaged with their channels matched, the first
             specialist's, or as initialised.
         bn: running statistics of the shared layers, see `average` and `recalibrate`.
         classifier_init: rows from the owners, or as initialised.

@@ -66,8 +66,8 @@ class ModelSection(Section):
 class MergeSection(Section):
     """How specialists become the start of the mixture."""
 
-    method: Annotated[Literal["align", "average", "first", "none"], Flag("--method")] = "align"
-    """Shared layers: channels matched and averaged, averaged, the first's, or random."""
+    method: Annotated[Literal["average", "align", "first", "none"], Flag("--method")] = "average"
+    """Shared layers: averaged, averaged with channels matched, the first's, or random."""
     bn: Annotated[Literal["recalibrate", "average", "pooled", "reset"], Flag("--bn")] = (
         "recalibrate"
     )

@@ -86,14 +86,16 @@ def test_a_merge_stands_beside_random_weights_and_chance(copy: Copy) -> None:
         shares = [found[name]["union_accuracy"], *found[name]["own_accuracy"]]
         assert row(text, words)[1:] == [f"{100 * share:.1f}" for share in shares]
     assert row(text, "chance")[1:] == ["11.1", "33.3", "33.3", "33.3"]
-    assert len(row(text, "P1")) == 3
-    assert row(text, "channels")[1:] == ["specialist 2", "specialist 3"]
+    assert "Mean correlation of the channels" not in text
 
 
-def test_a_merge_by_averaging_has_no_correlations(copy: Copy) -> None:
+def test_an_aligned_merge_has_correlations(copy: Copy) -> None:
     folder = copy("m")
-    change(folder / "merge_report.json", correlations=[])
-    assert "Mean correlation of the channels" not in written(folder)
+    gain = {"P1": {"before": 0.25, "after": 0.5}}
+    change(folder / "merge_report.json", correlations=[gain, gain])
+    text = written(folder)
+    assert row(text, "P1")[1:] == ["0.25 → 0.50"] * 2
+    assert row(text, "channels")[1:] == ["specialist 2", "specialist 3"]
 
 
 def test_a_training_has_its_tables(copy: Copy) -> None:

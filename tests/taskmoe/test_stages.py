@@ -184,12 +184,20 @@ def test_the_report_says_what_the_merge_did(runs: Path) -> None:
     assert [parent["path"] for parent in parents] == document["specialists"]
     assert document["specialists"] == [f"{runs}/s{number}/best_model.pth" for number in (1, 2, 3)]
     assert document["owners"] == [[1, 0, 0]] * 3 + [[0, 1, 0]] * 3 + [[0, 0, 1]] * 3
-    assert (document["method"], document["bn"]) == ("align", "recalibrate")
-    assert [len(gains) for gains in document["correlations"]] == [5, 5]
+    assert (document["method"], document["bn"]) == ("average", "recalibrate")
+    assert document["correlations"] == []
     weights = read_mixture(runs / "m" / MERGED, settings())
     assert weights.facts["specialists"] == parents
     total = sum(part.numel() for part in rebuild(weights).parameters())
     assert document["parameters"]["total"] == total
+
+
+def test_an_aligned_merge_says_how_well_the_channels_match(runs: Path, new_run: NewRun) -> None:
+    with new_run(merge__method="align") as run:
+        document = stages.merge(run.settings, run, [])
+    assert [len(gains) for gains in document["correlations"]] == [5, 5]
+    for gains in document["correlations"]:
+        assert all(gain["after"] >= gain["before"] for gain in gains.values())
 
 
 def merging(runs: Path, **changes: Any) -> tuple[TaskmoeSettings, Data, list[Member]]:

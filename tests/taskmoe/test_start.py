@@ -145,7 +145,7 @@ def test_without_a_merge_of_the_task_the_ways_to_begin_are_told(
         ({"model__shared_until": "conv1"}, "shared_until = conv2", "shared_until=conv2"),
         ({"data__task": "digits_overlap"}, "data.task = digits, the settings", "task=digits"),
         ({"data__label_map": "offset"}, "label_map = global, the settings say", "=global"),
-        ({"merge__method": "average"}, "merge.method = align, the settings", "method=align"),
+        ({"merge__method": "align"}, "merge.method = average, the settings", "method=average"),
     ],
 )
 def test_weights_of_another_form_are_refused_with_the_setting_that_helps(
@@ -175,12 +175,12 @@ def resumed(folder: Path) -> Run[TaskmoeSettings]:
 def test_without_a_reference_the_merge_must_be_as_the_settings_say(
     own_runs: Path, new_run: NewRun
 ) -> None:
-    error = refusal(new_run, merge__method="average", merge__bn="pooled")
-    assert "has merge.method = align, the settings say average" in error.message
+    error = refusal(new_run, merge__method="align", merge__bn="pooled")
+    assert "has merge.method = average, the settings say align" in error.message
     copied(own_runs / "m", "newer", started=NEVER)
     sidecar = own_runs / "newer" / f"{MERGED}.json"
     facts = json.loads(sidecar.read_text())
-    facts["merge"]["method"] = "average"
+    facts["merge"]["method"] = "align"
     sidecar.write_text(json.dumps(facts))
     shutil.rmtree(own_runs.parent.parent / "run")
     start, _ = begun(new_run)
