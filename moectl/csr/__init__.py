@@ -1,0 +1,1 @@
+"""Concept-based similarity reasoning on medical images."""
