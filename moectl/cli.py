@@ -34,6 +34,10 @@ CONTENTS: dict[str, tuple[str, dict[str, str]]] = {
             "predict": "Classify images: class, probability and gates of each.",
         },
     ),
+    "csr": (
+        "Concepts on medical images, prototypes of each, and a verdict that adds up.",
+        {"train": "Train concepts, prototypes and the verdict."},
+    ),
     "presets": (
         "Ready-made settings.",
         {

@@ -107,11 +107,8 @@ def _projector(kind: Projector, channels: int, projection: int) -> nn.Sequential
     if kind == "ibn":
         blocks = [ResidualBlock(projection) for _ in range(3)]
         return nn.Sequential(nn.Conv2d(channels, projection, 1), *blocks)
-    return nn.Sequential(
-        nn.Conv2d(channels, channels, 1),
-        nn.ReLU(inplace=True),
-        nn.Conv2d(channels, projection, 1),
-    )
+    first, last = nn.Conv2d(channels, channels, 1), nn.Conv2d(channels, projection, 1)
+    return nn.Sequential(first, nn.ReLU(inplace=True), last)
 
 
 class CSRNet(nn.Module):
@@ -367,7 +364,7 @@ def similarity_maps(unit: Tensor, prototypes: Tensor) -> Tensor:
     """
     with _without_autocast(unit):
         maps = F.conv2d(unit, prototypes.to(unit).flatten(0, 1)[:, :, None, None])
-    return maps.clamp(-1, 1).reshape(-1, *prototypes.shape[:2], *unit.shape[2:])
+    return maps.reshape(-1, *prototypes.shape[:2], *unit.shape[2:])
 
 
 def weigh(maps: Tensor, importance: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ def save(root: Path, update: int, files: Mapping[str, bytes], facts: Mapping[str
     Raises:
         OSError: if the disk is full or not writable; nothing is left behind then.
     """
-    root.mkdir(exist_ok=True)
+    root.mkdir(parents=True, exist_ok=True)
     need = sum(map(len, files.values()))
     if shutil.disk_usage(root).free < need * 1.2 + 2**20:
         raise OSError(f"disk full: {root} has no room for a checkpoint of {need / 2**20:.0f} MiB")

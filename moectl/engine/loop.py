@@ -21,6 +21,7 @@ from moectl.engine.tracking import Means, MetricsFile, Trackers, mean_over
 if TYPE_CHECKING:
     from moectl.engine.optim import Schedule
     from moectl.engine.run import Run
+    from moectl.engine.sections import TrainSection
 
 log = logging.getLogger(__name__)
 
@@ -91,8 +92,10 @@ class Loop:
         schedule: "Schedule",
         monitor: str = "",
         smallest: int = 1,
+        stage: str = "",
+        train: "TrainSection | None" = None,
     ) -> None:
-        train = run.settings.train
+        train = train or run.settings.train
         self.run, self.source, self.schedule, self.monitor = run, source, schedule, monitor
         self.settings, self.accelerator = train, run.accelerator
         self.stream = stream_of(len(source), train, self.accelerator, smallest)
@@ -111,7 +114,8 @@ class Loop:
         self._tracked: dict[str, Any] = {}
         self._first_bad = torch.full((), -1, dtype=torch.int64, device=self.accelerator.device)
         self._failed_saves, self._saved_update, self._saved_at = 0, -1, run.elapsed_seconds
-        self.metrics = MetricsFile(run.folder / "metrics.csv")
+        self.root = run.folder / "checkpoints" / stage
+        self.metrics = MetricsFile(run.folder / f"metrics{stage and f'_{stage}'}.csv")
         self._restore()
 
     def track(self, **objects: Any) -> None:
@@ -325,16 +329,15 @@ class Loop:
         return not failed
 
     def _write(self, means: list[Any]) -> bool:
-        root = self.run.folder / "checkpoints"
         try:
             facts = {"processes": len(means)}
-            folder = checkpoint.save(root, self.update, self._pack(means), facts)
+            folder = checkpoint.save(self.root, self.update, self._pack(means), facts)
         except OSError as error:
             log.warning("checkpoint at update %d could not be written: %s", self.update, error)
             return False
         best = self.best.get("update")
         self.run.note(checkpoint={"latest": folder.name, "best": best})
-        checkpoint.prune(root, self.settings.keep, best)
+        checkpoint.prune(self.root, self.settings.keep, best)
         return True
 
     def _pack(self, means: list[Any]) -> dict[str, bytes]:
@@ -354,9 +357,8 @@ class Loop:
         """Continue where the newest checkpoint stands; from the start if there is none."""
         if not self.run.resuming:
             return
-        root = self.run.folder / "checkpoints"
         fall_back = self.run.resuming == "auto"
-        folder = agree(self.accelerator, lambda: checkpoint.choose(root, fall_back=fall_back))
+        folder = agree(self.accelerator, lambda: checkpoint.choose(self.root, fall_back=fall_back))
         words = "no checkpoint yet: starting from the beginning"
         if folder.name:
             self._load(folder)

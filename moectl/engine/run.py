@@ -112,7 +112,7 @@ class Run(Generic[S]):
         if self.is_main:
             write_text(self.folder / "settings.toml", to_toml(self.settings))
 
-    def loop(
+    def loop(  # noqa: PLR0913 - what a training is made of
         self,
         model: "nn.Module",
         source: "Source",
@@ -120,6 +120,8 @@ class Run(Generic[S]):
         schedule: "Schedule",
         monitor: str = "",
         smallest: int = 1,
+        stage: str = "",
+        train: "TrainSection | None" = None,
     ) -> "Loop":
         """Prepare a training loop over this run, continued where its newest checkpoint stands.
 
@@ -131,13 +133,15 @@ class Run(Generic[S]):
             monitor: name of the validation score whose largest value is best.
             smallest: samples that every process needs in a forward pass; the last batch of an epoch
                 is left out if it has fewer.
+            stage: of a run with several trainings; keeps checkpoints and metrics of its own.
+            train: how it runs, if not as the settings say.
 
         Raises:
             UserError: if the data is too small for a single batch.
         """
         from moectl.engine.loop import Loop
 
-        return Loop(self, model, source, optimizer, schedule, monitor, smallest)
+        return Loop(self, model, source, optimizer, schedule, monitor, smallest, stage, train)
 
     def save_weights(
         self,

@@ -288,6 +288,8 @@ class FolderSource:
         seed: int,
         device: torch.device,
     ) -> Iterator[tuple[Tensor, Tensor]]:
+        from accelerate.utils import send_to_device
+
         def load(item: tuple[str, int]) -> tuple[Tensor, int] | UserError:
             try:
                 return read(item[0]), item[1]
@@ -309,6 +311,5 @@ class FolderSource:
         for batch in loader:
             if isinstance(batch, UserError):
                 raise batch
-            images, labels = batch
-            images = self.finish(images.to(device, non_blocking=True))
-            yield images, labels.to(device, non_blocking=True)
+            images, labels = send_to_device(batch, device, non_blocking=True)
+            yield self.finish(images), labels
