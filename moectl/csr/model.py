@@ -364,7 +364,7 @@ def similarity_maps(unit: Tensor, prototypes: Tensor) -> Tensor:
     """
     with _without_autocast(unit):
         maps = F.conv2d(unit, prototypes.to(unit).flatten(0, 1)[:, :, None, None])
-    return maps.reshape(-1, *prototypes.shape[:2], *unit.shape[2:])
+    return maps.clamp(-1, 1).reshape(-1, *prototypes.shape[:2], *unit.shape[2:])
 
 
 def weigh(maps: Tensor, importance: Tensor) -> Tensor:

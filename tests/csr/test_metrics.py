@@ -104,6 +104,11 @@ def test_sensitivity_is_the_best_with_nine_of_ten_negatives_right():
     assert sensitivity_at(logits[:, 0], labels[:, 0] == 1) == pytest.approx(best)
 
 
+def test_sensitivity_counts_points_on_a_line_between_others():
+    scores = np.arange(20.0).repeat(2)  # every score has one positive and one negative
+    assert sensitivity_at(scores, np.tile([True, False], 20)) == pytest.approx(0.1)
+
+
 def test_columns_without_both_labels_are_skipped_and_named():
     logits, labels = images()
     labels[:, 0], labels[:, 2] = 0, 1

@@ -4,7 +4,7 @@ import pytest
 import torch
 from sklearn.metrics import f1_score
 
-from moectl.csr.edits import Head, Norm, contributions, margins, reject, statistics
+from moectl.csr.edits import Head, Norm, confirm, contributions, margins, reject, statistics
 from moectl.csr.oracle import Cases, compare, concept_order, curve, oracle
 
 IMAGES, CONCEPTS, PROTOTYPES = 120, 4, 2
@@ -163,6 +163,29 @@ def test_curves_start_and_end_at_the_same_points(multilabel):
         assert found[0]["accuracy"] == compare(before, before, cases.labels)["accuracy"]["after"]
         assert found[-1] == points["random"][-1]
         assert found[-1]["accuracy"] > found[0]["accuracy"]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_points_are_those_of_correcting_one_by_one(order):
+    cases, head, table = world()
+    cases = Cases(*(part[:30] for part in cases[:4]))
+    places = concept_order(cases, head, order)
+    before = contributions(cases.scores, *head).logits
+    scores = cases.scores.clone()
+    for point in curve(cases, head, table, order=order):
+        count = point["corrected"]
+        for image in range(30) if count else ():
+            concept = int(places[image, count - 1])
+            one = scores[image, None]
+            if cases.concepts[image, concept]:
+                one = confirm(one, concept, table)
+            else:
+                one = reject(one, concept, "absent-median", table)
+            scores[image] = one[0]
+        wanted = compare(before, contributions(scores, *head).logits, cases.labels)
+        assert point["net"] == wanted["net"]
+        for name in ("accuracy", "f1_macro", "true_probability"):
+            assert point[name] == wanted[name]["after"]
 
 
 def test_correcting_what_matters_first_helps_sooner():
