@@ -31,7 +31,12 @@ _Task = Annotated[
 ]
 
 
-@command(TaskmoeSettings, ("data",), train=None)
+@command(
+    TaskmoeSettings,
+    ("data",),
+    train=None,
+    without=("data.augment", "data.val_fraction", "data.split_seed"),
+)
 def data(
     request: Request,
     action: Annotated[Literal["build", "check"], typer.Argument(help="Write the files, or count.")],
@@ -75,7 +80,13 @@ def specialist(request: Request) -> None:
     console.result({**run.record, "folder": str(run.folder)}, str(run.folder))
 
 
-@command(TaskmoeSettings, ("data", "model", "merge"), train=True, dropped=_DROPPED)
+@command(
+    TaskmoeSettings,
+    ("data", "model", "merge"),
+    train=True,
+    dropped=_DROPPED,
+    without=("data.augment",),
+)
 def merge(
     request: Request,
     specialists: Annotated[
