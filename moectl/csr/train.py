@@ -187,7 +187,7 @@ def train_prototypes(training: Training) -> None:
     section, epochs = settings.prototype, settings.train.epochs_stage2
     factors = dict.fromkeys(("projector", "prototypes"), section.lr_factor)
     loop = training.loop("prototype", factors, epochs, "val/assignment_accuracy")
-    if not training.run.resuming and section.init != "random":
+    if loop.update == 0 and section.init != "random":
         _place(training)
     truth = data.train.concepts.to(training.run.device)
     for step in loop:
@@ -207,10 +207,10 @@ def train_prototypes(training: Training) -> None:
                 _revive(training, loop, epoch)
             scores = _prototype_scores(training)
             step.score(scores)
-            if epoch % 5 == 0 or epoch == epochs:
+            if epoch % 5 == 0 or epoch == epochs or loop.patience_ends:
                 name = f"model_stage2_epoch{epoch}.pth"
                 training.save(name, "prototype", epoch, scores, False)
-    training.restore(f"model_stage2_epoch{epochs}.pth")
+    training.restore(f"model_stage2_epoch{loop.epoch}.pth")
 
 
 def _over_processes(pairs: int, run: Run[Any]) -> float:
