@@ -36,7 +36,10 @@ CONTENTS: dict[str, tuple[str, dict[str, str]]] = {
     ),
     "csr": (
         "Concepts on medical images, prototypes of each, and a verdict that adds up.",
-        {"train": "Train concepts, prototypes and the verdict."},
+        {
+            "train": "Train concepts, prototypes and the verdict.",
+            "eval": "Measure concepts, verdict and where the network looks.",
+        },
     ),
     "presets": (
         "Ready-made settings.",

@@ -33,3 +33,16 @@ def train(
     with open_run(request) as run:
         run_training(run.settings, run, stages)
     console.result({**run.record, "folder": str(run.folder)}, str(run.folder))
+
+
+@command(CsrSettings, ("eval",), train=False, reads=("train",))
+def eval_(
+    request: Request,
+    split: Annotated[
+        Literal["test", "val"], typer.Option("--split", help="Which images are measured.")
+    ] = "test",
+) -> None:
+    """Measure concepts, verdict and where the network looks."""
+    from moectl.csr.eval import run_eval
+
+    console.result(*run_eval(request, split))
