@@ -62,7 +62,7 @@ class Opened:
     @torch.no_grad()
     def answers(self, part: Part) -> Answers:
         """Ask about all images of a part, in one pass."""
-        model, sizes = self.model, []
+        model, sizes = self.model, list[torch.Size]()
 
         def forward(batch: Any) -> Tensor:
             needs = ("cams", "concept_logits", "similarity_maps", "similarity_scores", "logits")
