@@ -17,6 +17,7 @@ from moectl.csr.settings import CsrSettings
 from moectl.engine import artefact
 from moectl.engine.command import Request
 from moectl.engine.errors import UserError
+from moectl.engine.files import is_file
 from moectl.engine.inference import predict
 from moectl.engine.launch import build_accelerator
 from moectl.engine.references import find_weights, split_reference
@@ -84,6 +85,18 @@ class Opened:
         return Answers(*shaped)
 
 
+def _last_stage(folder: Path) -> Path:
+    """Return the best weights of the last stage that a run has been through."""
+    for stage in (3, 1):
+        path = folder / f"best_model_stage{stage}.pth"
+        later = sorted(folder.glob("model_stage2_epoch*.pth"), key=lambda one: one.stat().st_mtime)
+        if stage == 1 and later:
+            return later[-1]
+        if is_file(path):
+            return path
+    raise UserError(f"{folder}: no weights of any stage")
+
+
 def open_network(request: Request) -> Opened:
     """Open the network of a run, its last stage's best weights unless the reference says which.
 
@@ -92,9 +105,9 @@ def open_network(request: Request) -> Opened:
     """
     settings: Any = request.settings
     reference = request.run
-    if not split_reference(reference)[1] and not Path(reference).is_file():
-        reference = f"{request.folder}@best"
-    path = find_weights(reference, "csr")
+    plain = split_reference(reference)[1] in ("", "best") and not Path(reference).is_file()
+    assert request.folder is not None
+    path = _last_stage(request.folder) if plain else find_weights(reference, "csr")
     weights = artefact.load(path)
     facts = weights.facts
     if facts.get("model") != "CSRNet":
