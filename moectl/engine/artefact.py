@@ -6,6 +6,7 @@ sidecar says how to rebuild the model and carries the checksum.
 
 import io
 import sys
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,6 +103,8 @@ def safe_load(
 
     import torch
 
+    if data[:2] == b"PK" and not zipfile.is_zipfile(io.BytesIO(data)):
+        raise UserError(f"{where}: not a weights file (cut off)", "copy or download it again")
     try:
         with torch.serialization.safe_globals(list(allowed)):
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)

@@ -163,17 +163,22 @@ def temperature_sweep(examined: Examined, temperatures: Sequence[float]) -> list
     return found
 
 
-def ablations(examined: Examined) -> dict[str, float]:
-    """Accuracy of parts of the model: what the by-pass, the experts and the gates do alone."""
+def ablations(examined: Examined, owners: Tensor) -> dict[str, float]:
+    """Accuracy of parts of the model: what the by-pass, the experts and the gates do alone.
+
+    `oracle_gate` shares the gates equally among the owners, (C, E), of the image's true class.
+    """
     experts = examined.gates.shape[1]
     uniform = torch.full((experts,), 1 / experts, dtype=examined.gates.dtype)
     largest = torch.nn.functional.one_hot(examined.gates.argmax(1), experts)
+    owned = owners[examined.labels].double()
     logits = {
         "full": examined.logits(),
         "gating_only": examined.by_pass + examined.bias,
         "experts_only": examined.logits() - examined.by_pass,
         "uniform_gate": examined.logits(uniform),
         "top1_gate": examined.logits(largest.to(examined.gates.dtype)),
+        "oracle_gate": examined.logits((owned / owned.sum(1, keepdim=True)).to(examined.gates)),
     }
     return {
         name: float((values.argmax(1) == examined.labels).double().mean())
@@ -195,7 +200,7 @@ def summary(examined: Examined, owners: Tensor) -> dict[str, Any]:
         "matching": matching(examined, owners),
         "usage": examined.gates.double().mean(0),
         "effective_experts": float((1 / examined.gates.double().square().sum(1)).mean()),
-        "ablations": ablations(examined),
+        "ablations": ablations(examined, owners),
     }
     return {name: _plain(value) for name, value in document.items()}
 

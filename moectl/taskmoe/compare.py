@@ -7,7 +7,6 @@ import logging
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +20,7 @@ from moectl.engine.files import csv_text, is_file, write_json, write_text
 from moectl.engine.inference import predict
 from moectl.engine.settings import dump, flatten, from_toml
 from moectl.engine.sources import Source
-from moectl.taskmoe.baselines import routing, union_logits
+from moectl.taskmoe.baselines import own_accuracy, routing, union_logits
 from moectl.taskmoe.inference import Opened, examine, for_task, open_mixture
 from moectl.taskmoe.model import MergedMoE
 from moectl.taskmoe.pictures import comparison
@@ -124,7 +123,8 @@ def _members(opened: Opened, references: Sequence[str]) -> list[Member]:
     settings, start = opened.settings, opened.folder / MERGED
     if references:
         return find_specialists(settings, references)
-    return merged_from(settings, read_mixture(start, settings) if is_file(start) else None)
+    mixture = read_mixture(start, settings) if is_file(start) else None
+    return merged_from(settings, mixture, "name them with --specialists")
 
 
 def _union(opened: Opened, members: Sequence[Member], source: Source) -> Tensor:
@@ -132,8 +132,7 @@ def _union(opened: Opened, members: Sequence[Member], source: Source) -> Tensor:
     data, given = opened.data, (opened.data.mean, opened.data.std)
     size, found, rows = opened.settings.eval.batch_size, [], []
     for member in members:
-        member.model.to(opened.accelerator.device)
-        ask = partial(member.ask, statistics=given)
+        ask = member.asking(given, opened.accelerator.device)
         logits, _ = predict(ask, source, opened.accelerator, size)
         found.append(logits)
         rows.append([data.class_ids.index(id) for id in member.class_ids])
@@ -152,12 +151,12 @@ def _own(opened: Opened, logits: Tensor) -> list[dict[str, Any]]:
     """Return how each specialist does on the images of its own classes alone."""
     data: Any = opened.data
     labels = data.test.labels.cpu()
-    described = []
-    for number, name in enumerate(data.facts["specialists"]):
-        mine = data.owners[labels, number].bool()
-        right = logits[mine, number].argmax(1) == labels[mine]
-        described.append({"specialist": name, "n": int(mine.sum()), **_share(right)})
-    return described
+    names, counts = data.facts["specialists"], data.owners[labels].sum(0).int().tolist()
+    accuracies = own_accuracy(logits, labels, data.owners)
+    return [
+        {"specialist": name, "n": count, **_share(round((accuracy or 0) * count), count)}
+        for name, accuracy, count in zip(names, accuracies, counts, strict=True)
+    ]
 
 
 def _merged(opened: Opened, members: Sequence[Member]) -> dict[str, Row]:
@@ -210,10 +209,13 @@ def _scratch(opened: Opened) -> Row:
 def _dense(opened: Opened) -> Row:
     """Return the dense network that was trained like the mixture, and is as large."""
     own = ("merge.", "eval.", "specialist.", "gate.", "loss.", "train.")
-    wanted = (_recipe(opened.settings, *own), opened.settings.train.epochs)
+
+    def recipe(settings: TaskmoeSettings) -> tuple[Any, ...]:
+        return _recipe(settings, *own), settings.train.epochs, settings.train.batch_size
+
     for folder, _ in finished("specialist"):
         settings = from_toml(TaskmoeSettings, folder / "settings.toml")
-        alike = (_recipe(settings, *own), settings.train.epochs) == wanted
+        alike = recipe(settings) == recipe(opened.settings)
         if alike and settings.specialist.number == 0:
             member = read_specialist(folder / "best_model.pth", opened.settings, 0)
             logits = _union(opened, [member], opened.data.test)[:, 0]
@@ -222,8 +224,7 @@ def _dense(opened: Opened) -> Row:
     return Row(NAMES["dense"], None, _HINTS["dense"])
 
 
-def _share(right: Tensor) -> dict[str, float]:
-    hits, count = int(right.sum()), len(right)
+def _share(hits: int, count: int) -> dict[str, float]:
     low, high = wilson(hits, count)
     return {"accuracy": 100 * hits / count, "low": 100 * low, "high": 100 * high}
 
@@ -244,7 +245,7 @@ def _measured(
             draws = settings.eval.bootstrap
             gain = paired(row.right, reference, max(draws, 1), settings.eval.seed)
             bounds = (100 * gain.low, 100 * gain.high) if draws else (None, None)
-            entry |= _share(row.right)
+            entry |= _share(int(row.right.sum()), len(row.right))
             entry |= {"difference": 100 * gain.difference, "p_value": gain.p_value}
             entry |= {"difference_low": bounds[0], "difference_high": bounds[1]}
         described.append({**entry, "note": row.note})

@@ -55,10 +55,10 @@ class Opened:
             self.loaded = _data_of(self.settings, self.facts, self.weights["file"])
         return self.loaded
 
-    def examine(self, source: Source | None = None) -> Examined:
-        """Return what the logits of the test images, or of others, are made of."""
-        source = self.data.test if source is None else source
-        return examine(self.model, source, self.accelerator, self.settings.eval.batch_size)
+    def examine(self) -> Examined:
+        """Return what the logits of the test images are made of."""
+        size = self.settings.eval.batch_size
+        return examine(self.model, self.data.test, self.accelerator, size)
 
 
 def open_mixture(

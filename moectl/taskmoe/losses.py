@@ -19,11 +19,6 @@ Balance = Literal["l2", "kl", "switch", "importance"]
 Schedule = Literal["cosine", "linear", "constant"]
 
 
-def usage(gates: Tensor) -> Tensor:
-    """Share of the batch that each expert gets, (E,), from gates (B, E)."""
-    return gates.mean(0)
-
-
 def top_shares(gates: Tensor) -> Tensor:
     """Share of the images on which each expert has the largest gate, (E,), without gradient."""
     return F.one_hot(gates.argmax(1), gates.shape[1]).to(gates).mean(0)

@@ -20,6 +20,7 @@ _PARTS = {
     "experts_only": "experts alone",
     "uniform_gate": "equal gates",
     "top1_gate": "largest gate alone",
+    "oracle_gate": "gates on the owners of the true class",
 }
 
 

@@ -8,6 +8,7 @@ import torch
 from moectl import __version__
 from moectl.common import scores
 from moectl.common.calibration import negative_log_likelihood
+from moectl.engine import artefact
 from moectl.engine.errors import UserError
 from moectl.engine.files import write_json
 from moectl.engine.inference import predict
@@ -54,7 +55,7 @@ def train_specialist(settings: TaskmoeSettings, run: Run[TaskmoeSettings]) -> No
                     "val/accuracy": scores.accuracy(judged.argmax(1), truth),
                 }
             )
-            _save(loop, data, step.epoch + 1, best=best)
+            _save(loop, facts_of(settings, data, model), step.epoch + 1, best=best)
 
     _finish(loop, data)
 
@@ -79,23 +80,23 @@ def load_classes(settings: TaskmoeSettings) -> Data:
 def build(settings: TaskmoeSettings, data: Data) -> Specialist:
     """Return the network with initial weights that depend on the seed alone."""
     seed_all(settings.train.seed, "init")
-    return Specialist(**_arguments(settings, data))
-
-
-def _arguments(settings: TaskmoeSettings, data: Data) -> dict[str, Any]:
-    classes, model = len(data.class_names), settings.model
-    width = model.width
+    classes, section = len(data.class_names), settings.model
+    width = section.width
     if settings.specialist.number == 0:  # as wide as has the weights of the mixture
-        mixture = MergedMoE(classes=classes, **model.model_dump())
+        mixture = MergedMoE(classes=classes, **section.model_dump())
         width = dense_width(sum(part.numel() for part in mixture.parameters()), classes)
-    return {"classes": classes, "width": width, "dropout": model.dropout_expert}
+    return Specialist(classes, width, section.dropout_expert)
 
 
-def facts_of(settings: TaskmoeSettings, data: Data) -> dict[str, Any]:
+def facts_of(settings: TaskmoeSettings, data: Data, model: Specialist) -> dict[str, Any]:
     """Return what rebuilds a specialist and reads its outputs, as plain types."""
     return {
         "model": "Specialist",
-        "arguments": _arguments(settings, data),
+        "arguments": {
+            "classes": len(data.class_names),
+            "width": model.conv1.conv.out_channels,
+            "dropout": settings.model.dropout_expert,
+        },
         "task": settings.data.task,
         "number": settings.specialist.number,
         "class_names": list(data.class_names),
@@ -108,10 +109,11 @@ def facts_of(settings: TaskmoeSettings, data: Data) -> dict[str, Any]:
     }
 
 
-def _save(loop: Loop, data: Data, epoch: int, *, best: bool) -> None:
+def _save(loop: Loop, facts: dict[str, Any], epoch: int, *, best: bool) -> None:
     run, settings = loop.run, loop.run.settings
     last = epoch == settings.train.epochs or loop.patience_ends
-    facts = facts_of(settings, data)
+    if not (best or last):
+        return
     payload = {
         "epoch": epoch,
         "model_state_dict": loop.module.state_dict(),
@@ -128,8 +130,6 @@ def _save(loop: Loop, data: Data, epoch: int, *, best: bool) -> None:
 
 def _finish(loop: Loop, data: Data) -> None:
     """Test the best weights on the specialist's own classes."""
-    from moectl.engine import artefact
-
     run = loop.run
     if not len(data.test):
         raise UserError(f"{run.folder}: the specialist's classes have no test images")

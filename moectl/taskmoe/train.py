@@ -1,7 +1,7 @@
 """Training of the gated mixture, and what comes out of it."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -40,6 +40,9 @@ from moectl.taskmoe.weights import Member, load_state
 log = logging.getLogger(__name__)
 
 MONITOR = "val/accuracy"
+Answer = tuple[Callable[[Tensor], Tensor], list[int]]
+"""From images to logits, and the classes of the union that these are of."""
+
 _CURVE_EVERY = 10  # epochs
 
 
@@ -70,8 +73,8 @@ def train(
     loop = run.loop(model, data.train, optimizer, schedule, MONITOR, smallest=2)
     owners = data.owners.to(run.device)
     log.info("%s: %d images, %d classes", run.folder, len(data.train), len(data.class_names))
-    for member in teachers:
-        member.model.to(run.device)
+    answers = _answers(teachers, data, run.device)
+    terms = settings.loss.model_dump()
     loop.rehearse(lambda: _examined(loop, data, 1))
 
     for step in loop:
@@ -79,9 +82,13 @@ def train(
         _prepare(loop, model, step)
         output = loop.model(images)
         usage = over_processes(output.gates, run)
-        shares = over_processes(one_hot(output.gates.argmax(1), owners.shape[1]).float(), run)
-        targets = _soft_targets(teachers, images, labels, data, settings)
-        terms = settings.loss.model_dump()
+        shares = None
+        if settings.loss.balance == "switch":
+            shares = over_processes(one_hot(output.gates.argmax(1), owners.shape[1]).float(), run)
+        targets = None
+        if answers:
+            logits = _union(answers, images, len(owners))
+            targets = owner_targets(logits, labels, owners, settings.loss.distill_temperature)
         loss, parts = moe_loss(
             output, labels, owners, usage=usage, shares=shares, targets=targets, **terms
         )
@@ -171,19 +178,22 @@ def over_processes(gates: Tensor, run: Run[Any]) -> Tensor:
     return own + (total / count - own).detach()
 
 
+def _answers(teachers: Sequence[Member], data: Data, device: torch.device) -> list[Answer]:
+    """Return what maps the training images to each teacher's logits, and its classes."""
+    given = (data.mean, data.std)
+    return [
+        (member.asking(given, device), [data.class_ids.index(id) for id in member.class_ids])
+        for member in teachers
+    ]
+
+
 @torch.no_grad()
-def _soft_targets(
-    teachers: Sequence[Member], images: Tensor, labels: Tensor, data: Data, settings: Any
-) -> Tensor | None:
-    """Return what the owners of each image's class make of it, (B, C), for distillation."""
-    if not teachers:
-        return None
-    classes = len(data.class_names)
-    logits = images.new_zeros(len(images), len(teachers), classes)
-    for number, member in enumerate(teachers):
-        rows = [data.class_ids.index(id) for id in member.class_ids]
-        logits[:, number, rows] = member.ask(images, (data.mean, data.std)).to(logits)
-    return owner_targets(logits, labels, data.owners, settings.loss.distill_temperature)
+def _union(answers: Sequence[Answer], images: Tensor, classes: int) -> Tensor:
+    """Place the teachers' logits at their classes of the union, (B, E, C)."""
+    logits = images.new_zeros(len(images), len(answers), classes)
+    for number, (ask, rows) in enumerate(answers):
+        logits[:, number, rows] = ask(images).to(logits)
+    return logits
 
 
 def _examined(loop: Loop, data: Data, batches: int = 0) -> Examined:

@@ -4,7 +4,7 @@ Letters: B batch, R rows of a specialist's classifier, H W pixels.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,9 @@ from moectl.taskmoe.settings import TaskmoeSettings
 
 log = logging.getLogger(__name__)
 
+_FIRST = "conv1.conv.weight"
+_STATES = ("model_state_dict", "optimizer_state_dict", "config")
+
 
 @dataclass(frozen=True)
 class Member:
@@ -38,12 +41,18 @@ class Member:
     split: dict[str, Any] | None = None
     """See `data.split_of`; None if it is not known."""
 
-    def ask(self, images: Tensor, statistics: Statistics) -> Tensor:
-        """Return its logits (B, R) for images (B, 3, H, W) normalised by other statistics."""
-        scale, shift = change_of(statistics, self.statistics)
-        wide = (1, 3, 1, 1)
-        own = images * scale.view(wide).to(images) + shift.view(wide).to(images)
-        return self.model(own)
+    def asking(self, statistics: Statistics, device: torch.device) -> Callable[[Tensor], Tensor]:
+        """Move it to a device; return what maps images (B, 3, H, W) to its logits (B, R).
+
+        Args:
+            statistics: that the images are normalised by.
+            device: of the images.
+        """
+        model = self.model.to(device)
+        scale, shift = (
+            part.view(1, 3, 1, 1).to(device) for part in change_of(statistics, self.statistics)
+        )
+        return lambda images: model(images * scale + shift)
 
 
 def change_of(given: Statistics, wanted: Statistics) -> tuple[Tensor, Tensor]:
@@ -88,10 +97,6 @@ def read_specialist(path: Path, settings: TaskmoeSettings, number: int) -> Membe
         raise UserError(f"{path}: tells {rows} classes apart, specialist {number} knows {len(ids)}")
     split = facts.get("split")
     return Member(path, weights.sha256, model.eval(), list(ids), statistics, split)
-
-
-_FIRST = "conv1.conv.weight"
-_STATES = ("model_state_dict", "optimizer_state_dict", "config")
 
 
 def _identity(facts: Mapping[str, Any]) -> str:

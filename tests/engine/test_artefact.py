@@ -122,3 +122,10 @@ def test_a_trusted_file_may_run_code(tmp_path: Path) -> None:
         artefact.trusting_load(data, "a.pth")
     with pytest.raises(UserError, match=r"b\.pth: cannot be read"):
         artefact.trusting_load(data[:50], "b.pth")
+
+
+def test_a_file_that_is_cut_off_is_called_so(tmp_path: Path) -> None:
+    artefact.save(tmp_path / "a.pth", {"x": torch.zeros(1000)}, {})
+    (tmp_path / "b.pth").write_bytes((tmp_path / "a.pth").read_bytes()[:3000])
+    with pytest.raises(UserError, match=r"b\.pth: not a weights file \(cut off\)"):
+        artefact.load(tmp_path / "b.pth")

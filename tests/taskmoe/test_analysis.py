@@ -129,7 +129,7 @@ def test_specialisation_is_the_mutual_information() -> None:
 def test_a_low_temperature_takes_the_largest_gate() -> None:
     found = examined()
     own, hard = temperature_sweep(found, [1.0, 1e-4])
-    accuracies = ablations(found)
+    accuracies = ablations(found, OWNERS)
     assert own == pytest.approx(accuracies["full"])
     assert hard == pytest.approx(accuracies["top1_gate"])
     warm = temperature_sweep(found, [1e9])[0]
@@ -139,9 +139,23 @@ def test_a_low_temperature_takes_the_largest_gate() -> None:
 def test_ablations_take_parts_away() -> None:
     found = examined()
     without = Examined(**{**vars(found), "by_pass": torch.zeros_like(found.by_pass)})
-    assert ablations(found)["experts_only"] == ablations(without)["full"]
+    assert ablations(found, OWNERS)["experts_only"] == ablations(without, OWNERS)["full"]
     silent = Examined(**{**vars(found), "expert_logits": torch.zeros_like(found.expert_logits)})
-    assert ablations(found)["gating_only"] == ablations(silent)["full"]
+    assert ablations(found, OWNERS)["gating_only"] == ablations(silent, OWNERS)["full"]
+
+
+def test_the_oracle_opens_the_gates_of_the_owners() -> None:
+    found = examined()
+    shares = OWNERS[found.labels] / OWNERS[found.labels].sum(1, keepdim=True)
+    hits = [
+        int((gates @ experts + by_pass + found.bias).argmax()) == label
+        for gates, experts, by_pass, label in zip(
+            shares.double(), found.expert_logits, found.by_pass, found.labels.tolist(), strict=True
+        )
+    ]
+    oracle = ablations(found, OWNERS)["oracle_gate"]
+    assert oracle == pytest.approx(sum(hits) / len(hits))
+    assert oracle != ablations(found, OWNERS)["full"]
 
 
 def test_a_single_expert_is_always_used() -> None:

@@ -212,3 +212,4 @@ def test_specialists_that_are_not_known_are_asked_for(taskmoe: Call, own: Path, 
     code, out, err = taskmoe("compare", "--run", f"{own}/scratch")
     assert (code, out) == (2, "")
     assert "the specialists of this mixture are not known" in err
+    assert "name them with --specialists" in err

@@ -16,7 +16,6 @@ from moectl.taskmoe.losses import (
     owner_targets,
     temperature_at,
     top_shares,
-    usage,
     z_loss,
 )
 from moectl.taskmoe.model import MoEOutput
@@ -62,7 +61,7 @@ KNOWN = [
 @pytest.mark.parametrize(("rows", "diversity", "balance", "both"), KNOWN)
 def test_diversity_and_balance_known_answers(rows, diversity, balance, both):
     gates = tensor(rows, dtype=torch.float64)
-    found = diversity_loss(gates).mean(), balance_loss(usage(gates))
+    found = diversity_loss(gates).mean(), balance_loss(gates.mean(0))
     assert [value.item() for value in found] == close([diversity, balance], 1e-7)
     assert (0.1 * found[0] + 0.5 * found[1]).item() == close(both)
 
@@ -101,14 +100,14 @@ def test_entropy_diversity_runs_from_zero_to_log_experts():
 
 
 def test_l2_is_the_population_variation_over_the_experts():
-    u = usage(random_gates(experts=4))
+    u = random_gates(experts=4).mean(0)
     variation = u.var(correction=0) / u.mean() ** 2
     assert balance_loss(u).item() == close(variation.item() / 4)
     assert balance_loss(u).item() == close((u.square().sum() - 1 / 4).item())
 
 
 def test_importance_is_the_unbiased_variation_and_4_5_times_l2_for_three_experts():
-    u = usage(random_gates())
+    u = random_gates().mean(0)
     importance = balance_loss(u, "importance").item()
     assert importance == close((u.var() / u.mean() ** 2).item())
     assert importance == close(4.5 * balance_loss(u).item())
@@ -117,12 +116,12 @@ def test_importance_is_the_unbiased_variation_and_4_5_times_l2_for_three_experts
 def test_diversity_and_balance_add_up_to_the_lack_of_variance():
     gates = random_gates(experts=4)
     covariance = torch.cov(gates.T, correction=0).trace()
-    total = diversity_loss(gates).mean() + balance_loss(usage(gates))
+    total = diversity_loss(gates).mean() + balance_loss(gates.mean(0))
     assert total.item() == close((1 - 1 / 4 - covariance).item())
 
 
 def test_kl_is_the_divergence_from_equal_usage():
-    u = usage(random_gates())
+    u = random_gates().mean(0)
     expected = (u * (u * 3).log()).sum()
     assert balance_loss(u, "kl").item() == close(expected.item())
     assert balance_loss(tensor([1.0, 0, 0]), "kl").item() == close(math.log(3))
@@ -132,12 +131,12 @@ def test_switch_is_1_when_balanced_and_the_number_of_experts_at_collapse():
     collapsed = tensor([[0.0, 1.0, 0.0]] * 4)
     balanced = torch.eye(3)
     for gates, expected in ((collapsed, 3.0), (balanced, 1.0)):
-        found = balance_loss(usage(gates), "switch", top_shares(gates))
+        found = balance_loss(gates.mean(0), "switch", top_shares(gates))
         assert found.item() == close(expected)
     gates = random_gates()
     shares = [(gates.argmax(1) == j).double().mean() for j in range(3)]
-    expected = 3 * sum(f * u for f, u in zip(shares, usage(gates), strict=True))
-    assert balance_loss(usage(gates), "switch", top_shares(gates)).item() == close(expected.item())
+    expected = 3 * sum(f * u for f, u in zip(shares, gates.mean(0), strict=True))
+    assert balance_loss(gates.mean(0), "switch", top_shares(gates)).item() == close(expected.item())
 
 
 def test_switch_without_shares_is_refused():
@@ -155,7 +154,7 @@ def test_equal_usage_is_the_best(kind):
 @pytest.mark.parametrize("kind", ["l2", "kl", "importance"])
 def test_one_expert_has_nothing_to_divide(kind):
     gates = torch.ones(5, 1)
-    assert balance_loss(usage(gates), kind).item() == 0
+    assert balance_loss(gates.mean(0), kind).item() == 0
     assert not diversity_loss(gates).any()
     assert not diversity_loss(gates, "entropy").any()
     assert effective_experts(gates).item() == 1
@@ -165,7 +164,7 @@ def test_one_expert_has_nothing_to_divide(kind):
 def test_any_one_hot_assignment_that_is_balanced_reaches_zero():
     gates = torch.eye(3).repeat(4, 1)[torch.randperm(12)]
     assert not diversity_loss(gates).any()
-    assert balance_loss(usage(gates)).item() == close(0)
+    assert balance_loss(gates.mean(0)).item() == close(0)
 
 
 def test_curvature_at_equal_gates():
@@ -174,7 +173,7 @@ def test_curvature_at_equal_gates():
 
     def terms(flat: Tensor) -> Tensor:
         gates = flat.view(images, experts).softmax(1)
-        return 0.1 * diversity_loss(gates).mean() + 0.5 * balance_loss(usage(gates))
+        return 0.1 * diversity_loss(gates).mean() + 0.5 * balance_loss(gates.mean(0))
 
     start = torch.zeros(images * experts, dtype=torch.float64)
     gradient = torch.autograd.functional.jacobian(terms, start)
@@ -195,7 +194,7 @@ def test_parts_of_a_batch_with_the_usage_of_the_whole_give_its_loss_and_gradient
     found = []
     for parts in (1, 2):
         logits = z.clone().requires_grad_()
-        u = torch.stack([usage(part.softmax(1)) for part in logits.chunk(parts)]).mean(0)
+        u = torch.stack([part.softmax(1).mean(0) for part in logits.chunk(parts)]).mean(0)
         loss = balance_loss(u, kind, shares)
         found.append((loss.detach(), torch.autograd.grad(loss, logits)[0]))
     torch.testing.assert_close(found[1], found[0])
@@ -205,8 +204,8 @@ def test_parts_of_a_batch_with_the_usage_of_the_whole_give_its_loss_and_gradient
 def test_balance_of_parts_on_their_own_is_never_smaller(kind):
     for seed in range(5):
         gates = random_gates(seed=seed)
-        alone = sum(balance_loss(usage(part), kind) for part in gates.chunk(2)) / 2
-        assert alone > balance_loss(usage(gates), kind)
+        alone = sum(balance_loss(part.mean(0), kind) for part in gates.chunk(2)) / 2
+        assert alone > balance_loss(gates.mean(0), kind)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -214,7 +213,7 @@ def test_balance_of_parts_on_their_own_is_never_smaller(kind):
 def test_gates_of_0_have_finite_gradients(kind, diversity):
     z = tensor([[1.0, 0.5, -torch.inf], [0.3, 0.1, -torch.inf]], requires_grad=True)
     gates = z.softmax(1)
-    balance = balance_loss(usage(gates), kind, top_shares(gates))
+    balance = balance_loss(gates.mean(0), kind, top_shares(gates))
     (diversity_loss(gates, diversity).sum() + balance).backward()
     assert z.grad.isfinite().all()
 
@@ -341,7 +340,7 @@ def test_usage_of_the_global_batch_replaces_that_of_the_gates():
 def test_switch_takes_the_batchs_own_shares_by_default():
     output, labels = a_batch()
     _, parts = moe_loss(output, labels, OWNERS, balance="switch", diversity="entropy")
-    expected = balance_loss(usage(output.gates), "switch", top_shares(output.gates))
+    expected = balance_loss(output.gates.mean(0), "switch", top_shares(output.gates))
     assert parts["loss_balance"].item() == close(expected.item())
     assert parts["loss_diversity"].item() == close(gate_entropy(output.gates).item())
 

@@ -89,7 +89,7 @@ def test_initial_weights_depend_on_the_seed_alone() -> None:
 def test_the_facts_rebuild_it_and_name_its_classes() -> None:
     wanted = settings(2, model__dropout_expert=0.3)
     data = load_classes(wanted)
-    facts = facts_of(wanted, data)
+    facts = facts_of(wanted, data, build(wanted, data))
     assert facts["arguments"] == {"classes": 3, "width": 4, "dropout": 0.3}
     assert (facts["model"], facts["task"], facts["number"]) == ("Specialist", "digits", 2)
     assert (facts["class_names"], facts["class_ids"]) == (["3", "4", "5"], [3, 4, 5])

@@ -93,7 +93,7 @@ def test_a_member_sees_images_as_it_was_trained_on_them() -> None:
     model = specialist()
     member = Member(Path("a.pth"), "", model, [0, 1, 2], WANTED)
     with torch.no_grad():
-        asked = member.ask(normalise(BYTES, *GIVEN), GIVEN)
+        asked = member.asking(GIVEN, torch.device("cpu"))(normalise(BYTES, *GIVEN))
         assert not torch.allclose(asked, model(normalise(BYTES, *GIVEN)), atol=1e-4)
         torch.testing.assert_close(asked, model(IMAGES), rtol=0, atol=1e-5)
 
