@@ -39,6 +39,14 @@ CONTENTS: dict[str, tuple[str, dict[str, str]]] = {
         {
             "train": "Train concepts, prototypes and the verdict.",
             "eval": "Measure concepts, verdict and where the network looks.",
+            "explain": "Say why: concepts, exemplars and what each adds to the verdict.",
+            "infer": "Say why: concepts, exemplars and what each adds to the verdict.",
+            "intervene": "Correct concepts or places, and see what becomes of the verdict.",
+            "atlas": "Show what each prototype looks like, for curation.",
+            "baselines": "Train a linear head and a concept bottleneck on the same backbone.",
+            "preprocess": "Turn a folder of images into small PNG files.",
+            "check-data": "Check tables, images and boxes before training.",
+            "convert": "Bring a .pth of the original code into a run folder.",
         },
     ),
     "presets": (
@@ -70,7 +78,8 @@ def _leaf(room: str, name: str) -> Any:
     """Import the one module that has the command and build it."""
     path = f"moectl.tools.{room}" if room in _TOOLS else f"moectl.{room}.cli"
     module = importlib.import_module(path)
-    function = getattr(module, name, None) or getattr(module, f"{name}_")
+    plain = name.replace("-", "_")
+    function = getattr(module, plain, None) or getattr(module, f"{plain}_")
     app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
     app.command(name)(function)
     return typer.main.get_command(app)

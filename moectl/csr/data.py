@@ -5,7 +5,7 @@ Letters: N images, K concepts, C targets, H W feature grid, S side that the netw
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from moectl.csr.boxes import Box, read_boxes, read_resize_table
 from moectl.csr.columns import Columns
 from moectl.csr.images import find_image, read_image
 from moectl.csr.losses import box_masks
-from moectl.csr.synthetic import glyphs
+from moectl.csr.synthetic import Glyphs, glyphs
 from moectl.csr.tables import Labels, balanced, frequent, read_labels, split
 from moectl.csr.transforms import (
     STATISTICS,
@@ -27,6 +27,7 @@ from moectl.csr.transforms import (
     measured,
     training,
 )
+from moectl.engine.errors import UserError
 from moectl.engine.sources import FolderSource
 
 if TYPE_CHECKING:
@@ -49,6 +50,10 @@ class Part:
     """(N, C) float32, or (N,) int64 classes."""
     boxes: list[list[Box]]
     """(N,) of each image."""
+    pixels: Reader
+    """An image by its place, (C, H, W) in 0..1 at its own size."""
+    identities: list[str]
+    """(N,) what changes when the pixels of an image do."""
 
 
 @dataclass(frozen=True)
@@ -72,15 +77,23 @@ class _Images:
     read: Reader
     """The pixels of an image by its row, (C, H, W) in 0..1."""
     boxes: dict[str, list[Box]]
+    identity: Callable[[int], str]
+    """What changes when the pixels of an image do, by its row."""
 
 
-def load(section: "DataSection", seed: int, grid: tuple[int, int]) -> Data:
+def load(
+    section: "DataSection",
+    seed: int,
+    grid: tuple[int, int],
+    statistics: Statistics | None = None,
+) -> Data:
     """Load the tables, and say how images are read.
 
     Args:
         section: of the settings.
         seed: of the division of the training images.
         grid: H and W, onto which boxes are drawn.
+        statistics: to normalise with, if not those that the settings name.
 
     Raises:
         UserError: naming the file and place of what is wrong.
@@ -90,12 +103,9 @@ def load(section: "DataSection", seed: int, grid: tuple[int, int]) -> Data:
     labels = frequent(pool.labels, rows, section.min_positives)
     if section.balance_no_finding:
         rows = balanced(labels, rows, section.balance_no_finding, seed)
-    pool = _Images(labels, pool.read, _of_concepts(pool, labels))
-    test = _Images(_like(test.labels, labels), test.read, _of_concepts(test, labels))
-    if section.normalize == "dataset":
-        statistics = measured(pool.read(int(row)) for row in rows)
-    else:
-        statistics = STATISTICS[section.normalize]
+    pool = replace(pool, labels=labels, boxes=_of_concepts(pool, labels))
+    test = replace(test, labels=_like(test.labels, labels), boxes=_of_concepts(test, labels))
+    statistics = statistics or _statistics(section.normalize, pool, rows)
     size, jitter = section.image_size, section.jitter
     plain = evaluation(size, statistics)
     moving = training(
@@ -121,6 +131,15 @@ def load(section: "DataSection", seed: int, grid: tuple[int, int]) -> Data:
         has_boxes=any(pool.boxes.values()),
         notes=labels.notes,
     )
+
+
+def _statistics(name: str, images: _Images, rows: Any) -> Statistics:
+    if name != "dataset":
+        return STATISTICS["medmae" if name == "medmae" else "imagenet"]
+    try:
+        return measured(images.read(int(row)) for row in rows)
+    except ValueError as error:
+        raise UserError(f"data.normalize is dataset, but {error}") from None
 
 
 def _part(
@@ -151,6 +170,8 @@ def _part(
         concepts=torch.from_numpy(labels.concept_values[rows]).float(),
         targets=torch.from_numpy(np.asarray(labels.target_values[rows])),
         boxes=boxes,
+        pixels=lambda place: images.read(rows[place]),
+        identities=[images.identity(row) for row in rows],
     )
 
 
@@ -169,8 +190,6 @@ def _of_concepts(images: _Images, labels: Labels) -> dict[str, list[Box]]:
 
 def _like(labels: Labels, wanted: Labels) -> Labels:
     """Keep the columns that the training table keeps."""
-    from dataclasses import replace
-
     concepts = [labels.concepts.index(name) for name in wanted.concepts]
     values = labels.target_values
     if values.ndim == 2:
@@ -188,10 +207,17 @@ def _glyphs(section: "DataSection", seed: int) -> tuple[_Images, _Images]:
     count = section.synthetic_images
     pool = glyphs(count, seed, section.shortcut)
     test = glyphs(count // 3, seed + 1)
-    return (
-        _Images(pool.labels, lambda row: pool.images[row], pool.boxes),
-        _Images(test.labels, lambda row: test.images[row], test.boxes),
-    )
+
+    def of(drawn: Glyphs, drawn_with: int) -> _Images:
+        identity = f"glyphs {drawn_with} {section.shortcut} "
+        return _Images(
+            drawn.labels,
+            lambda row: drawn.images[row],
+            drawn.boxes,
+            lambda row: f"{identity}{row}",
+        )
+
+    return of(pool, seed), of(test, seed + 1)
 
 
 def _tables(section: "DataSection") -> tuple[_Images, _Images]:
@@ -230,4 +256,9 @@ def _files(
     if table is not None:
         resizes = read_resize_table(sizes) if sizes else None
         boxes = read_boxes(table, labels, section.box_units, resizes, folder).of_image
-    return _Images(labels, lambda row: read_image(paths[row], section.channels), boxes)
+
+    def identity(row: int) -> str:
+        found = paths[row].stat()
+        return f"{paths[row].resolve()} {found.st_size} {found.st_mtime_ns} {section.channels}"
+
+    return _Images(labels, lambda row: read_image(paths[row], section.channels), boxes, identity)

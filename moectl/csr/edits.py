@@ -39,6 +39,8 @@ class Head(NamedTuple):
     bias: Tensor
     """(C,)."""
     norm: Norm | None = None
+    kept: Tensor | None = None
+    """(K, M) bool, the prototypes that have a say; None for all."""
 
     @property
     def neutral(self) -> Tensor | None:
@@ -52,7 +54,7 @@ def head_of(model: CSRNet) -> Head:
         part.detach().view(model.num_concepts, -1) for part in (model.task_mean, model.task_std)
     )
     weight, bias = model.task_head.weight.detach(), model.task_head.bias.detach()
-    return Head(weight, bias, Norm(*tables))
+    return Head(weight, bias, Norm(*tables), model.kept)
 
 
 class Statistics(NamedTuple):
@@ -250,19 +252,6 @@ def _replaced(scores: Tensor, concept: int | Tensor, values: Tensor) -> Tensor:
     return found
 
 
-def curate(scores: Tensor, keep: Tensor, head: Head) -> Tensor:
-    """Take away what prototypes contribute that are not in `keep`, (K, M) bool.
-
-    The same as zeros in their columns of the head, which zeros as scores are not where scores are
-    standardised. Where the head sees the highest score of each concept, they are never the highest.
-    """
-    rest = torch.zeros_like(scores) if head.neutral is None else head.neutral.to(scores)
-    keep = keep.to(scores.device)
-    if head.weight.shape[1] < keep.numel():
-        rest = torch.where(keep.any(1, keepdim=True), -1.0, rest)
-    return torch.where(keep, scores, rest)
-
-
 # What follows
 
 
@@ -278,7 +267,11 @@ class Contributions(NamedTuple):
 
 
 def contributions(
-    scores: Tensor, weight: Tensor, bias: Tensor, norm: Norm | None = None
+    scores: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    norm: Norm | None = None,
+    kept: Tensor | None = None,
 ) -> Contributions:
     """Split the logits of a linear task head by concepts.
 
@@ -287,12 +280,18 @@ def contributions(
         weight: (C, K M), or (C, K) of the highest score of each concept.
         bias: (C,).
         norm: of what the weights apply to.
+        kept: (K, M) bool; what others say is 0, and their scores are never the highest.
     """
     table = weight.view(len(weight), scores.shape[1], -1)
     if table.shape[2] < scores.shape[2]:
+        if kept is not None:
+            scores = scores.masked_fill(~kept, -1)
+            kept = kept.any(1, keepdim=True)
         scores = scores.amax(2, keepdim=True)
     if norm is not None:
         scores = (scores - norm.mean) / norm.deviation
+    if kept is not None:
+        scores = scores * kept
     values = torch.einsum("bkm,ckm->bck", scores, table)
     return Contributions(values, bias, bias + values.sum(2))
 

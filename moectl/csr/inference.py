@@ -1,19 +1,24 @@
 """Opening a trained network, and what it says about images.
 
-Letters: N images, K concepts, M prototypes per concept, C classes, H W feature grid.
+Letters: N images, B batch, K concepts, M prototypes per concept, C classes, H W feature grid,
+S side that the network sees.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from moectl.csr.backbones import rebuild_backbone
 from moectl.csr.data import Data, Part, load
-from moectl.csr.model import CSRNet
+from moectl.csr.edits import Head, Statistics, head_of, statistics_from_plain
+from moectl.csr.images import read_image
+from moectl.csr.model import CSRNet, Need, Output
 from moectl.csr.settings import CsrSettings
+from moectl.csr.transforms import Transform, evaluation
 from moectl.engine import artefact
 from moectl.engine.command import Request
 from moectl.engine.errors import UserError
@@ -25,6 +30,8 @@ from moectl.engine.run import read_record
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+    from moectl.engine.sources import Source
 
 _FORM = ("projection", "concept_pool", "projector", "local_order", "task_input")
 
@@ -47,98 +54,244 @@ class Answers:
 
 @dataclass(frozen=True)
 class Opened:
-    """A trained network with the data that it is measured on."""
+    """A trained network with what it needs to know about images."""
 
     model: CSRNet
     """In evaluation mode, on the accelerator's device."""
-    data: Data
     settings: CsrSettings
     accelerator: "Accelerator"
     facts: dict[str, Any]
+    """The sidecar of the weights."""
     weights: dict[str, Any]
     """`file`, `sha256` and `epoch`."""
     folder: Path
+    """Of the run."""
     tag: str
+    """Of the weights, for names of files."""
+
+    @property
+    def concepts(self) -> list[str]:
+        """Names of the K concepts."""
+        return list(self.facts["concepts"])
+
+    @property
+    def targets(self) -> list[str]:
+        """Names of the C targets."""
+        return list(self.facts["targets"])
+
+    @property
+    def multilabel(self) -> bool:
+        """Whether an image may have several targets."""
+        return self.settings.data.task_mode == "multilabel"
+
+    @property
+    def head(self) -> Head:
+        """The task head, on the CPU."""
+        head = head_of(self.model)
+        assert head.norm is not None
+        norm = head.norm._replace(mean=head.norm.mean.cpu(), deviation=head.norm.deviation.cpu())
+        kept = self.model.kept.cpu()
+        return Head(head.weight.cpu(), head.bias.cpu(), norm, kept)
+
+    @property
+    def known(self) -> Statistics | None:
+        """Scores of training images with and without each concept; None before the last stage."""
+        found = self.facts.get("score_statistics")
+        return statistics_from_plain(found) if found else None
+
+    def thresholds(self, kind: Literal["concepts", "targets"]) -> Tensor | None:
+        """Probabilities above which the answer is yes, tuned on validation images.
+
+        Returns:
+            (K,) or (C,); None where nothing was tuned.
+        """
+        found = self.facts.get("thresholds", {}).get(kind)
+        return torch.tensor(found, dtype=torch.float64) if found else None
+
+    @cached_property
+    def transform(self) -> Transform:
+        """What an image (C, H, W) in 0..1 goes through before the network sees it."""
+        return evaluation(self.settings.data.image_size, self._statistics)
+
+    @property
+    def _statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        mean, deviation = self.facts["statistics"]
+        return tuple(mean), tuple(deviation)
+
+    @cached_property
+    def data(self) -> Data:
+        """The images that it was trained and is measured on.
+
+        Raises:
+            UserError: if files are missing or the tables have other concepts or targets.
+        """
+        section, seed = self.settings.data, self.settings.train.seed
+        grid = self.model.backbone.grid(section.image_size)
+        data = load(section, seed, grid, self._statistics)
+        for name in ("concepts", "targets"):
+            if getattr(data, name) != self.facts[name]:
+                raise UserError(
+                    f"{self.folder}: knows the {name} {', '.join(self.facts[name][:5])} …, the"
+                    f" tables have {', '.join(getattr(data, name)[:5])} …"
+                )
+        return data
+
+    def part(self, split: str) -> Part:
+        """Return the images of `train`, `val` or `test`."""
+        found = getattr(self.data, split)
+        assert isinstance(found, Part)
+        return found
+
+    def read(self, path: Path) -> Tensor:
+        """Read any image as the network's training images were read, (C, H, W) in 0..1."""
+        return torch.as_tensor(read_image(path, self.settings.data.channels))
+
+    @torch.no_grad()
+    def ask(
+        self, images: Tensor, needs: tuple[Need, ...], importance: Tensor | None = None
+    ) -> Output:
+        """Ask about transformed images (B, 3, S, S); what comes back is float32 on the CPU."""
+        device = self.accelerator.device
+        if importance is not None:
+            importance = importance.to(device)
+        with self.accelerator.autocast():
+            found = self.model(images.to(device), importance, needs)
+        kept = {name: one.float().cpu() for name, one in found._asdict().items() if one is not None}
+        return Output(**kept)
+
+    def outputs(self, part: Part, needs: tuple[Need, ...]) -> Output:
+        """Ask about all images of a part in their order, as they are, in one pass."""
+        size = self.settings.eval.batch_size
+        return outputs(self.model, part.source, needs, self.accelerator, size)
 
     @torch.no_grad()
     def answers(self, part: Part) -> Answers:
         """Ask about all images of a part, in one pass."""
-        model, sizes = self.model, list[torch.Size]()
-
-        def forward(batch: Any) -> Tensor:
-            needs = ("cams", "concept_logits", "similarity_maps", "similarity_scores", "logits")
-            found = model(batch[0], needs=needs)
-            shown = [
-                found.concept_logits,
-                found.cams,
-                found.similarity_scores,
-                found.similarity_maps.amax(2),
-                found.logits,
-            ]
-            sizes[:] = [one.shape[1:] for one in shown]
-            return torch.cat([one.flatten(1).float() for one in shown], 1)
-
-        size = self.settings.eval.batch_size
-        found, _ = predict(forward, part.source, self.accelerator, size)
-        parts = torch.split(found, [one.numel() for one in sizes], dim=1)
-        shaped = [one.view(-1, *form) for one, form in zip(parts, sizes, strict=True)]
-        return Answers(*shaped)
+        needs: tuple[Need, ...] = ("cams", "concept_logits", "similarity_scores", "logits")
+        maps: list[Tensor] = []
+        found = outputs(
+            self.model,
+            part.source,
+            needs,
+            self.accelerator,
+            self.settings.eval.batch_size,
+            highest=maps,
+        )
+        return Answers(
+            found.concept_logits, found.cams, found.similarity_scores, maps[0], found.logits
+        )
 
 
-def _last_stage(folder: Path) -> Path:
-    """Return the best weights of the last stage that a run has been through."""
-    for stage in (3, 1):
-        path = folder / f"best_model_stage{stage}.pth"
-        later = sorted(folder.glob("model_stage2_epoch*.pth"), key=lambda one: one.stat().st_mtime)
-        if stage == 1 and later:
-            return later[-1]
-        if is_file(path):
-            return path
-    raise UserError(f"{folder}: no weights of any stage")
+@torch.no_grad()
+def outputs(  # noqa: PLR0913 - what a pass is made of
+    model: CSRNet,
+    source: "Source",
+    needs: tuple[Need, ...],
+    accelerator: "Accelerator",
+    batch_size: int,
+    *,
+    given: Literal["images", "features"] = "images",
+    highest: list[Tensor] | None = None,
+) -> Output:
+    """Return several outputs for all samples of a source, (N, …) float32 on the CPU.
+
+    Args:
+        model: put into evaluation mode.
+        source: whose samples are images, or tuples that begin with them; or features.
+        needs: fields of the output, but not `prototypes`.
+        accelerator: devices and processes.
+        batch_size: samples per forward pass.
+        given: what the samples are.
+        highest: is given the largest similarity of each concept's prototypes, (N, K, H, W).
+    """
+    model.eval()
+    sizes: list[torch.Size] = []
+
+    def forward(batch: Any) -> Tensor:
+        samples = batch if isinstance(batch, Tensor) else batch[0]
+        asked = needs if highest is None else (*needs, "similarity_maps")
+        found = model(samples, needs=asked, given=given)
+        shown = [getattr(found, name) for name in needs]
+        if highest is not None:
+            shown.append(found.similarity_maps.amax(2))
+        sizes[:] = [one.shape[1:] for one in shown]
+        return torch.cat([one.flatten(1).float() for one in shown], 1)
+
+    rows, _ = predict(forward, source, accelerator, batch_size)
+    parts = torch.split(rows, [one.numel() for one in sizes], dim=1)
+    shaped = [one.reshape(-1, *form) for one, form in zip(parts, sizes, strict=True)]
+    if highest is not None:
+        highest.append(shaped.pop())
+    return Output(**dict(zip(needs, shaped, strict=True)))
 
 
-def open_network(request: Request) -> Opened:
-    """Open the network of a run, its last stage's best weights unless the reference says which.
+def last_stage(folder: Path) -> Path:
+    """Return the best weights of the last stage that a run has been through.
 
     Raises:
-        UserError: if the weights do not fit, or the data has other concepts or targets.
+        UserError: if it has been through none.
     """
-    settings: Any = request.settings
-    reference = request.run
-    plain = split_reference(reference)[1] in ("", "best") and not Path(reference).is_file()
-    assert request.folder is not None
-    path = _last_stage(request.folder) if plain else find_weights(reference, "csr")
-    weights = artefact.load(path)
-    facts = weights.facts
+    verdict, concepts = (folder / f"best_model_stage{stage}.pth" for stage in (3, 1))
+    if is_file(verdict):
+        return verdict
+    if prototypes := last_prototypes(folder):
+        return prototypes
+    if is_file(concepts):
+        return concepts
+    raise UserError(f"{folder}: no weights of any stage", "moectl csr train --resume goes on")
+
+
+def last_prototypes(folder: Path) -> Path | None:
+    """Return the weights of the last epoch of stage 2 in a folder."""
+    name = "model_stage2_epoch"
+    found = [path for path in folder.glob(f"{name}*.pth") if path.stem[len(name) :].isdigit()]
+    return max(found, key=lambda path: int(path.stem[len(name) :]), default=None)
+
+
+def rebuild(weights: artefact.Artefact) -> CSRNet:
+    """Build a network in the form that a sidecar describes, with its weights.
+
+    Raises:
+        UserError: if there is no such sidecar.
+    """
+    facts, path = weights.facts, weights.path
     if facts.get("model") != "CSRNet":
-        raise UserError(f"{path}: has no {path.name}.json of csr beside it")
-    precision = str(read_record(path.parent)["precision"])
-    accelerator = build_accelerator(settings.train, request.cpu, precision)
-    backbone = rebuild_backbone(facts["backbone"])
+        raise UserError(
+            f"{path}: has no {path.name}.json of csr beside it",
+            "moectl csr convert makes a run of weights of the original code",
+        )
     arguments = facts["arguments"]
     model = CSRNet(
-        backbone,
+        rebuild_backbone(facts["backbone"]),
         concepts=len(facts["concepts"]),
         prototypes=arguments["num_prototypes"],
         classes=len(facts["targets"]),
         **{name: arguments[name] for name in _FORM},
     )
     model.load_state_dict(weights.payload)
-    grid = backbone.grid(settings.data.image_size)
-    data = load(settings.data, settings.train.seed, grid)
-    for name in ("concepts", "targets"):
-        if getattr(data, name) != facts[name]:
-            raise UserError(
-                f"{path}: knows the {name} {', '.join(facts[name][:5])} …, the tables have"
-                f" {', '.join(getattr(data, name)[:5])} …"
-            )
+    return model
+
+
+def open_network(request: Request) -> Opened:
+    """Open the network of a run, its last stage's best weights unless the reference says which.
+
+    Raises:
+        UserError: if the weights are no network's.
+    """
+    settings: Any = request.settings
+    assert request.folder is not None
+    plain = split_reference(request.run)[1] in ("", "best") and not is_file(Path(request.run))
+    path = last_stage(request.folder) if plain else find_weights(request.run, "csr")
+    weights = artefact.load(path)
+    model = rebuild(weights)
+    precision = str(read_record(path.parent)["precision"])
+    accelerator = build_accelerator(settings.train, request.cpu, precision)
     return Opened(
         model=model.to(accelerator.device).eval(),
-        data=data,
         settings=settings,
         accelerator=accelerator,
-        facts=facts,
-        weights={"file": path.name, "sha256": weights.sha256, "epoch": facts["epoch"]},
+        facts=weights.facts,
+        weights={"file": path.name, "sha256": weights.sha256, "epoch": weights.facts["epoch"]},
         folder=path.parent,
         tag=path.stem,
     )

@@ -14,10 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moectl.csr.projector import Projector, build_projector
+
 ConceptPool = Literal["max", "avg", "lse"]
-Projector = Literal["seed", "ibn"]
 LocalOrder = Literal["pool_first", "project_first"]
 TaskInput = Literal["all", "max"]
+Given = Literal["images", "features", "scores"]
 Stage = Literal["concept", "prototype", "task"]
 Need = Literal[
     "features",
@@ -70,47 +72,6 @@ class Output(NamedTuple):
     logits: Tensor = _ABSENT  # (B, C)
 
 
-class HalfNorm(nn.Module):
-    """Normalise half of the channels of each cell by themselves, and the others over the batch.
-
-    A cell's own half needs no neighbours, so a projected vector is the same on a map and alone.
-
-    Source: Pan et al. 2018, who normalise that half over the whole image.
-    """
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.alone = channels // 2
-        self.own = nn.LayerNorm(self.alone)
-        self.batch = nn.BatchNorm2d(channels - self.alone)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, D, H, W) to the same shape."""
-        own = self.own(x[:, : self.alone].movedim(1, 3)).movedim(3, 1)
-        return torch.cat([own, self.batch(x[:, self.alone :])], 1)
-
-
-class ResidualBlock(nn.Module):
-    """Convolution of single cells, norm and ReLU beside a shortcut."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 1)
-        self.norm = HalfNorm(channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, D, H, W) to the same shape."""
-        return x + self.norm(self.conv(x)).relu()
-
-
-def _projector(kind: Projector, channels: int, projection: int) -> nn.Sequential:
-    if kind == "ibn":
-        blocks = [ResidualBlock(projection) for _ in range(3)]
-        return nn.Sequential(nn.Conv2d(channels, projection, 1), *blocks)
-    first, last = nn.Conv2d(channels, channels, 1), nn.Conv2d(channels, projection, 1)
-    return nn.Sequential(first, nn.ReLU(inplace=True), last)
-
-
 class CSRNet(nn.Module):
     """Judge images by how much they resemble prototypes of named concepts.
 
@@ -122,7 +83,7 @@ class CSRNet(nn.Module):
         projection: D.
         concept_pool: what makes an image's concept logit of a map: its "max", its mean ("avg"), or
             the smooth maximum "lse", the log of the mean exponential at sharpness 5.
-        projector: two convolutions of single cells ("seed"), or three residual blocks ("ibn"),
+        projector: two convolutions of single cells ("mlp"), or three residual blocks ("ibn"),
             which learn batch statistics from whatever passes in training.
         local_order: "pool_first" averages a concept's features over its map, then projects;
             "project_first" projects the features of every cell, then averages.
@@ -138,6 +99,8 @@ class CSRNet(nn.Module):
     prototypes: nn.Parameter  # (K M, D, 1, 1)
     task_mean: Tensor
     task_std: Tensor
+    kept: Tensor
+    """(K, M) bool: prototypes that have a say in the verdict."""
 
     def __init__(  # noqa: PLR0913
         self,
@@ -148,7 +111,7 @@ class CSRNet(nn.Module):
         classes: int,
         projection: int = 128,
         concept_pool: ConceptPool = "max",
-        projector: Projector = "seed",
+        projector: Projector = "mlp",
         local_order: LocalOrder = "pool_first",
         task_input: TaskInput = "all",
     ) -> None:
@@ -168,13 +131,14 @@ class CSRNet(nn.Module):
         self.stage: Stage | None = None
         self.backbone = backbone
         self.concept_head = nn.Conv2d(backbone.channels, concepts, 1)
-        self.projector: nn.Module = _projector(projector, backbone.channels, projection)
+        self.projector: nn.Module = build_projector(projector, backbone.channels, projection)
         # Of unit variance: small ones would all point the same way after a few updates.
         self.prototypes = nn.Parameter(torch.randn(concepts * prototypes, projection, 1, 1))
         inputs = concepts if task_input == "max" else concepts * prototypes
         self.task_head = nn.Linear(inputs, classes)
         self.register_buffer("task_mean", torch.zeros(inputs))
         self.register_buffer("task_std", torch.ones(inputs))
+        self.register_buffer("kept", torch.ones(concepts, prototypes, dtype=torch.bool))
 
     @property
     def prototype_vectors(self) -> Tensor:
@@ -183,14 +147,25 @@ class CSRNet(nn.Module):
 
     def forward(
         self,
-        images: Tensor,
+        inputs: Tensor,
         importance: Tensor | None = None,
         needs: Collection[Need] = _LOGITS,
         *,
+        given: Given = "images",
         detach_cams: bool = False,
     ) -> Output:
-        """Look at images (B, 3, S, S); see `from_features`."""
-        features = self.backbone(images)
+        """Look at images (B, 3, S, S), or go on from their features or scores.
+
+        Args:
+            inputs: images, features (B, F, H, W), or similarity scores (B, K, M).
+            importance: see `from_features`.
+            needs: see `from_features`; of scores, the logits alone.
+            given: what the inputs are.
+            detach_cams: see `from_features`.
+        """
+        if given == "scores":
+            return Output(logits=self.classify(inputs))
+        features = self.backbone(inputs) if given == "images" else inputs
         return self.from_features(features, importance, needs, detach_cams=detach_cams)
 
     def from_features(
@@ -292,9 +267,15 @@ class CSRNet(nn.Module):
         return (importance[:, None] if given == sizes else importance).expand(wanted)
 
     def task_inputs(self, scores: Tensor) -> Tensor:
-        """Map similarity scores (B, K, M) to what the task head weighs, (B, K M) or (B, K)."""
-        inputs = _wide(scores.amax(2) if self.task_input == "max" else scores.flatten(1))
-        return (inputs - self.task_mean) / self.task_std
+        """Map similarity scores (B, K, M) to what the task head weighs, (B, K M) or (B, K).
+
+        Prototypes that are not kept contribute 0; of the highest scores they are never the highest.
+        """
+        if self.task_input == "max":
+            inputs, said = scores.masked_fill(~self.kept, -1).amax(2), self.kept.any(1)
+        else:
+            inputs, said = scores.flatten(1), self.kept.flatten()
+        return (_wide(inputs) - self.task_mean) / self.task_std * said
 
     def classify(self, scores: Tensor) -> Tensor:
         """Map similarity scores (B, K, M) to logits (B, C)."""
@@ -314,7 +295,8 @@ class CSRNet(nn.Module):
     @torch.no_grad()
     def fold_task_norm(self) -> None:
         """Move the norm into the task head, which then weighs raw scores and says the same."""
-        self.task_head.weight.div_(self.task_std)
+        said = self.kept.any(1) if self.task_input == "max" else self.kept.flatten()
+        self.task_head.weight.div_(self.task_std).mul_(said)
         self.task_head.bias.sub_(self.task_head.weight @ self.task_mean)
         self.task_mean.zero_()
         self.task_std.fill_(1)

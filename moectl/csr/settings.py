@@ -100,7 +100,7 @@ class ModelSection(Section):
     """Width of the space in which they are compared."""
     concept_pool: Annotated[Literal["max", "avg", "lse"], Flag("--concept-pool")] = "max"
     """What makes an image's concept logit of a map."""
-    projector: Annotated[Literal["seed", "ibn"], Flag("--projector")] = "seed"
+    projector: Annotated[Literal["mlp", "ibn"], Flag("--projector")] = "mlp"
     """Two convolutions, or the paper's three residual blocks."""
     local_order: Annotated[Literal["pool_first", "project_first"], Flag("--local-order")] = (
         "pool_first"

@@ -98,7 +98,15 @@ class Training:
         found, _ = predict(forward, part.source, self.run.accelerator, size)
         return found
 
-    def save(self, name: str, stage: Stage, epoch: int, scores: dict[str, Any], best: bool) -> None:
+    def save(
+        self,
+        name: str,
+        stage: Stage,
+        epoch: int,
+        scores: dict[str, Any],
+        best: bool,
+        **more: Any,
+    ) -> None:
         """Write weights under the name that the original gives them."""
         facts = {
             "model": "CSRNet",
@@ -110,6 +118,7 @@ class Training:
             "statistics": self.data.statistics,
             "scores": scores,
             "moectl": __version__,
+            **more,
         }
         self.run.save_weights(name, self.model.state_dict(), facts, epoch=epoch, best=best)
 

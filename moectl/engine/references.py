@@ -105,8 +105,7 @@ def find_weights(reference: str, room: str | None = None) -> Path:
     elif wanted != "last":
         plain = [entry for entry in plain if str(entry["epoch"]) == wanted]
     if plain:
-        newest = max(plain, key=lambda entry: int(entry["epoch"]))
-        return folder / str(newest["file"])
+        return folder / str(plain[-1]["file"])  # in the order in which they were written
     have = ", ".join("@best" if entry["best"] else f"@{entry['epoch']}" for entry in entries)
     raise UserError(f"{folder}: no weights @{wanted}", f"it has: {have or 'none yet'}")
 

@@ -13,7 +13,6 @@ from moectl.csr.edits import (
     Norm,
     confirm,
     contributions,
-    curate,
     edited_maps,
     edited_scores,
     head_of,
@@ -269,21 +268,21 @@ def test_what_no_training_image_tells_is_refused():
 
 
 @pytest.mark.parametrize("norm", [False, True])
-def test_curated_prototypes_contribute_nothing(norm):
+def test_prototypes_that_are_not_kept_contribute_nothing(norm):
     full = head(norm=norm)
-    keep = torch.tensor([[True, False], [True, True], [False, False]])
-    found = contributions(curate(scores(), keep, full), *full).logits
-    weight = full.weight * keep.flatten()
+    kept = torch.tensor([[True, False], [True, True], [False, False]])
+    found = contributions(scores(), full.weight, full.bias, full.norm, kept).logits
+    weight = full.weight * kept.flatten()
     assert torch.equal(found, contributions(scores(), weight, full.bias, full.norm).logits)
 
 
-def test_curated_prototypes_are_not_the_highest():
-    full = Head(torch.ones(1, 3), torch.zeros(1), Norm(torch.full((3, 1), 0.9), torch.ones(3, 1)))
-    keep = torch.tensor([[True, False], [True, True], [False, False]])
-    found = contributions(curate(scores(), keep, full), *full).values[:, 0]
+def test_prototypes_that_are_not_kept_are_not_the_highest():
+    norm = Norm(torch.full((3, 1), 0.9), torch.ones(3, 1))
+    kept = torch.tensor([[True, False], [True, True], [False, False]])
+    found = contributions(scores(), torch.ones(1, 3), torch.zeros(1), norm, kept).values[:, 0]
     assert torch.allclose(found[:, 0], scores()[:, 0, 0] - 0.9)
     assert torch.allclose(found[:, 1], scores()[:, 1].amax(1) - 0.9)
-    assert found[:, 2].abs().max() < 1e-6
+    assert (found[:, 2] == 0).all()
 
 
 # What follows

@@ -17,7 +17,7 @@ ORIGINAL = {
     "model.backbone_type": "medmae",
     "model.num_prototypes": 5,
     "model.projection": 128,
-    "model.projector": "seed",
+    "model.projector": "mlp",
     "data.image_size": 224,
 }
 
