@@ -40,9 +40,12 @@ Reader = Callable[[int], Any]
 
 @dataclass(frozen=True)
 class Part:
-    """Some of the images. Its source yields ((images, masks), rows): rows index what is here."""
+    """Some of the images. Sources yield ((images, masks), rows): rows index what is here."""
 
     source: FolderSource
+    """Moves training images at random in training batches."""
+    still: FolderSource
+    """Never does."""
     image_ids: list[str]
     concepts: Tensor
     """(N, K) float32."""
@@ -166,6 +169,7 @@ def _part(
     items: Any = [(place, place) for place in range(len(rows))]
     return Part(
         source=FolderSource(items, reader(random), reader(plain), workers),
+        still=FolderSource(items, reader(plain), reader(plain), workers),
         image_ids=ids,
         concepts=torch.from_numpy(labels.concept_values[rows]).float(),
         targets=torch.from_numpy(np.asarray(labels.target_values[rows])),

@@ -16,7 +16,7 @@ from moectl.csr.backbones import rebuild_backbone
 from moectl.csr.data import Data, Part, load
 from moectl.csr.edits import Head, Statistics, head_of, statistics_from_plain
 from moectl.csr.images import read_image
-from moectl.csr.model import CSRNet, Need, Output
+from moectl.csr.model import CSRNet, Given, Need, Output
 from moectl.csr.settings import CsrSettings
 from moectl.csr.transforms import Transform, evaluation
 from moectl.engine import artefact
@@ -190,7 +190,7 @@ def outputs(  # noqa: PLR0913 - what a pass is made of
     accelerator: "Accelerator",
     batch_size: int,
     *,
-    given: Literal["images", "features"] = "images",
+    given: Given = "images",
     highest: list[Tensor] | None = None,
 ) -> Output:
     """Return several outputs for all samples of a source, (N, …) float32 on the CPU.

@@ -61,6 +61,8 @@ class DataSection(Section):
     """Largest turn of a training image."""
     jitter: Annotated[float, Field(ge=0, lt=1)] = 0.2
     """Largest relative change of its brightness and contrast."""
+    augment_heads: Annotated[bool, Flag("--augment-heads")] = True
+    """Also while prototypes and verdict are trained; without, features are computed once."""
     val_fraction: Annotated[float, Flag("--val-fraction"), Field(gt=0, lt=1)] = 0.1
     """Share of the training images that choose the best epochs."""
     stratify: bool = False
@@ -166,6 +168,10 @@ class TaskSection(Section):
     """Loss; a task of one class per image takes ce."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the target of ce that is spread over all classes."""
+    start: Annotated[Literal["last", "best"], Flag("--stage2-pick")] = "last"
+    """Prototypes of the last epoch, or of the one with the highest assignment accuracy."""
+    curation: Annotated[_Table, Flag("--curation")] = None
+    """File that says which prototypes have a say, as `csr atlas` writes it."""
     lr_factor: Annotated[float, Flag("--lr-mult-stage3"), Field(gt=0)] = 1.0
     """Factor on the learning rate; 10 suits standardised similarities."""
 
@@ -192,6 +198,9 @@ class CsrTrain(TrainSection):
     """Passes for the prototypes."""
     epochs_stage3: Annotated[int, Flag("--epochs-stage3"), Field(ge=0)] = 10
     """Passes for the task head."""
+    feature_cache: Annotated[str, Flag("--feature-cache")] = "auto"
+    """Where features of images that do not move are kept: auto (in the run, while it needs them),
+    off (computed in every epoch), or a folder that runs share."""
     epochs: int = 1
     """Not used: every stage has its own."""
     batch_size: Annotated[int, Flag("--batch-size", "--bs"), Field(ge=2)] = 16

@@ -11,128 +11,40 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from moectl import __version__
 from moectl.csr import losses
-from moectl.csr.backbones import build_backbone
-from moectl.csr.data import Data, Part, load
-from moectl.csr.metrics import multiclass, ranking
-from moectl.csr.model import CSRNet, Need, Stage
+from moectl.csr.data import Part
+from moectl.csr.edits import statistics, statistics_to_plain
+from moectl.csr.inference import outputs
+from moectl.csr.metrics import multiclass, ranking, tune_thresholds
+from moectl.csr.model import Given, Stage
 from moectl.csr.prototypes import diagnostics, initial, renormalise_, revive
 from moectl.csr.settings import CsrSettings
-from moectl.engine import artefact
-from moectl.engine.inference import predict
+from moectl.csr.stages import STAGES, Training
 from moectl.engine.loop import Loop
-from moectl.engine.optim import build_optimizer, build_schedule
 from moectl.engine.run import Run
-from moectl.engine.seeding import key, seed_all
+from moectl.engine.seeding import key
+from moectl.engine.sources import Source, TensorSource
 
 log = logging.getLogger(__name__)
 
-STAGES: tuple[Stage, ...] = ("concept", "prototype", "task")
+Scores = dict[str, float | None]
 
 
-class Training:
-    """What the stages share: the data, the network, and the run that they write to."""
+def train(
+    settings: CsrSettings, run: Run[CsrSettings], stages: Sequence[Stage], start: str = ""
+) -> None:
+    """Train some stages, each from the best weights of the one before.
 
-    def __init__(self, settings: CsrSettings, run: Run[CsrSettings]) -> None:
-        self.settings, self.run = settings, run
-        seed_all(settings.train.seed, "init")
-        section = settings.model
-        backbone = build_backbone(
-            section.backbone_type,
-            section.model_name,
-            pretrained=section.pretrained,
-            image_size=settings.data.image_size,
-            trust_pickle=section.trust_pickle,
-        )
-        grid = backbone.grid(settings.data.image_size)
-        self.data: Data = load(settings.data, settings.train.seed, grid)
-        self.model = CSRNet(
-            backbone,
-            concepts=len(self.data.concepts),
-            prototypes=section.num_prototypes,
-            classes=len(self.data.targets),
-            projection=section.projection,
-            concept_pool=section.concept_pool,
-            projector=section.projector,
-            local_order=section.local_order,
-            task_input=section.task_input,
-        ).to(run.device)
-
-    def loop(self, stage: Stage, factors: dict[str, float], epochs: int, monitor: str) -> Loop:
-        """Prepare the loop of a stage: what it trains moves, everything else stands still."""
-        settings = self.settings
-        self.model.freeze(stage)
-        rate, decay = settings.optim.lr, settings.optim.weight_decay
-        groups: list[dict[str, Any]] = []
-        for name, parameters in self.model.stage_parameters(stage).items():
-            for bare in (False, True):  # kernels and matrices decay, the rest does not
-                chosen = [
-                    one for one in parameters if (one.ndim < 2 or name == "prototypes") is bare
-                ]
-                weight_decay = 0.0 if bare else decay
-                lr = rate * factors.get(name, 1.0)
-                if chosen:
-                    groups.append({"params": chosen, "lr": lr, "weight_decay": weight_decay})
-        world = self.run.accelerator.num_processes
-        train = settings.train.model_copy(
-            update={"epochs": epochs, "batch_size": settings.train.batch_size * world}
-        )
-        optimizer = build_optimizer(settings.optim, groups)
-        schedule = build_schedule(settings.schedule, rate, epochs)
-        source = self.data.train.source
-        return self.run.loop(
-            self.model, source, optimizer, schedule, monitor, smallest=2, stage=stage, train=train
-        )
-
-    @torch.no_grad()
-    def outputs(self, part: Part, need: Need) -> Tensor:
-        """Return one output for all images of a part, on the CPU."""
-        model, size = self.model.eval(), self.settings.eval.batch_size
-
-        def forward(batch: Any) -> Tensor:
-            found = getattr(model(batch[0], needs=(need,)), need)
-            assert isinstance(found, Tensor)
-            return found
-
-        found, _ = predict(forward, part.source, self.run.accelerator, size)
-        return found
-
-    def save(
-        self,
-        name: str,
-        stage: Stage,
-        epoch: int,
-        scores: dict[str, Any],
-        best: bool,
-        **more: Any,
-    ) -> None:
-        """Write weights under the name that the original gives them."""
-        facts = {
-            "model": "CSRNet",
-            "stage": stage,
-            "backbone": self.model.backbone.arguments,
-            "arguments": self.settings.model.model_dump(),
-            "concepts": self.data.concepts,
-            "targets": self.data.targets,
-            "statistics": self.data.statistics,
-            "scores": scores,
-            "moectl": __version__,
-            **more,
-        }
-        self.run.save_weights(name, self.model.state_dict(), facts, epoch=epoch, best=best)
-
-    def restore(self, name: str) -> None:
-        """Go on from weights that an earlier stage wrote."""
-        weights = artefact.load(self.run.folder / name)
-        self.model.load_state_dict(weights.payload)
-
-
-def train(settings: CsrSettings, run: Run[CsrSettings], stages: Sequence[Stage]) -> None:
-    """Train some stages, each from the best weights of the one before."""
+    Args:
+        settings: of the run.
+        run: where everything goes.
+        stages: in their order.
+        start: a run or file with the weights before the first of them, if the run has none.
+    """
     training = Training(settings, run)
     for stage in stages:
         log.info("stage %d: %s", STAGES.index(stage) + 1, stage)
+        training.hand_over(stage, start)
         match stage:
             case "concept":
                 train_concepts(training)
@@ -140,13 +52,16 @@ def train(settings: CsrSettings, run: Run[CsrSettings], stages: Sequence[Stage])
                 train_prototypes(training)
             case "task":
                 train_task(training)
+    training.model.freeze(None)
+    training.model.eval()
 
 
 def train_concepts(training: Training) -> None:
     """Stage 1: the backbone and the maps that show where a concept is."""
     settings, data = training.settings, training.data
     section, epochs = settings.concept, settings.train.epochs_stage1
-    loop = training.loop("concept", {"backbone": section.backbone_lr}, epochs, "val/concept_auroc")
+    factors = {"backbone": section.backbone_lr}
+    loop = training.loop("concept", data.train.source, factors, epochs, "val/concept_auroc")
     truth = data.train.concepts.to(training.run.device)
     weight = losses.pos_weights(truth.sum(0), len(truth), section.pos_weight_cap)
     log.info("positives weigh %.2f to %.2f", float(weight.min()), float(weight.max()))
@@ -158,14 +73,19 @@ def train_concepts(training: Training) -> None:
         loss = section.alpha * named["classes"]
         if data.has_boxes:
             exists = masks.flatten(2).any(2)
-            named["boxes"] = losses.localisation_loss(output.cams, masks, exists, section.loc_loss)
+            count = training.over_processes(exists.sum())
+            named["boxes"] = losses.localisation_loss(
+                output.cams, masks, exists, section.loc_loss, count
+            )
             loss = loss + section.beta * named["boxes"]
         step.update(loss, **{f"loss_{name}": part.detach() for name, part in named.items()})
         if step.ends_epoch:
             scores = _concept_scores(training)
             if step.score(scores):
-                training.save("best_model_stage1.pth", "concept", step.epoch + 1, scores, True)
-    training.restore("best_model_stage1.pth")
+                name = "best_model_stage1.pth"
+                training.save(name, "concept", step.epoch + 1, scores, best=True)
+    if not epochs:  # the backbone as it was loaded
+        training.save("best_model_stage1.pth", "concept", 0, {}, best=True)
 
 
 def _concept_loss(kind: str, logits: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
@@ -178,15 +98,16 @@ def _concept_loss(kind: str, logits: Tensor, targets: Tensor, weight: Tensor) ->
             return losses.asymmetric(logits, targets)
 
 
-def _concept_scores(training: Training) -> dict[str, float | None]:
-    part = training.data.val
-    logits = training.outputs(part, "concept_logits")
-    found = ranking(logits.numpy(), part.concepts.numpy(), training.data.concepts)
-    loss = losses.concept_bce(logits, part.concepts)
+def _concept_scores(training: Training) -> Scores:
+    part, run = training.data.val, training.run
+    size = training.settings.eval.batch_size
+    found = outputs(training.model, part.still, ("concept_logits",), run.accelerator, size)
+    logits = found.concept_logits
+    scores = ranking(logits.numpy(), part.concepts.numpy(), training.data.concepts)
     return {
-        "val/loss": float(loss),
-        "val/concept_auroc": found["auroc_macro"],
-        "val/concept_map": found["map"],
+        "val/loss": float(losses.concept_bce(logits, part.concepts)),
+        "val/concept_auroc": scores["auroc_macro"],
+        "val/concept_map": scores["map"],
     }
 
 
@@ -195,15 +116,17 @@ def train_prototypes(training: Training) -> None:
     settings, data, model = training.settings, training.data, training.model
     section, epochs = settings.prototype, settings.train.epochs_stage2
     factors = dict.fromkeys(("projector", "prototypes"), section.lr_factor)
-    loop = training.loop("prototype", factors, epochs, "val/assignment_accuracy")
+    source, given = training.shown()
+    loop = training.loop("prototype", source, factors, epochs, "val/assignment_accuracy")
     if loop.update == 0 and section.init != "random":
         _place(training)
     truth = data.train.concepts.to(training.run.device)
     for step in loop:
-        (images, _), rows = step.batch
-        output = loop.model(images, None, ("local_vectors", "prototypes"), detach_cams=True)
+        (inputs, *_), rows = step.batch
+        needs = ("local_vectors", "prototypes")
+        output = loop.model(inputs, None, needs, given=given, detach_cams=True)
         vectors, concepts = losses.present_pairs(output.local_vectors, truth[rows])
-        count = _over_processes(len(vectors), training.run)
+        count = training.over_processes(len(vectors))
         loss = _prototype_loss(section, vectors, concepts, output.prototypes, count)
         if section.diversity_weight:
             loss = loss + section.diversity_weight * losses.diversity_loss(output.prototypes)
@@ -211,28 +134,20 @@ def train_prototypes(training: Training) -> None:
         with torch.no_grad():
             renormalise_(model.prototype_vectors)
         if step.ends_epoch:
-            epoch = step.epoch + 1
-            if section.revive_every and epoch % section.revive_every == 0 and epoch < epochs:
+            epoch, every = step.epoch + 1, section.revive_every
+            if every and epoch % every == 0 and epoch <= epochs - every:
                 _revive(training, loop, epoch)
             scores = _prototype_scores(training)
-            step.score(scores)
+            if step.score(scores) and settings.task.start == "best":
+                training.save("best_model_stage2.pth", "prototype", epoch, scores)
             if epoch % 5 == 0 or epoch == epochs or loop.patience_ends:
-                name = f"model_stage2_epoch{epoch}.pth"
-                training.save(name, "prototype", epoch, scores, False)
-    training.restore(f"model_stage2_epoch{loop.epoch}.pth")
-
-
-def _over_processes(pairs: int, run: Run[Any]) -> float:
-    """Return the pairs of all processes, divided by these: losses are averaged over processes."""
-    world = run.accelerator.num_processes
-    total = torch.tensor(float(pairs), device=run.device)
-    if world > 1:
-        torch.distributed.all_reduce(total)
-    return max(float(total) / world, 1e-12)
+                training.save(f"model_stage2_epoch{epoch}.pth", "prototype", epoch, scores)
+    if not epochs:
+        training.save("model_stage2_epoch0.pth", "prototype", 0, {})
 
 
 def _prototype_loss(
-    section: Any, vectors: Tensor, concepts: Tensor, prototypes: Tensor, count: float
+    section: Any, vectors: Tensor, concepts: Tensor, prototypes: Tensor, count: float | None
 ) -> Tensor:
     if section.loss == "infonce":
         options = {"temperature": section.temperature, "count": count}
@@ -250,7 +165,8 @@ def _prototype_loss(
 
 
 def _pairs(training: Training, part: Part) -> tuple[Tensor, Tensor]:
-    return losses.present_pairs(training.outputs(part, "local_vectors"), part.concepts)
+    vectors = training.outputs(part, "local_vectors").local_vectors
+    return losses.present_pairs(vectors, part.concepts)
 
 
 @torch.no_grad()
@@ -279,22 +195,28 @@ def _revive(training: Training, loop: Loop, epoch: int) -> None:
     log.info("%d prototypes have a new place", int(rows.sum()))
 
 
-def _prototype_scores(training: Training) -> dict[str, float | None]:
+def _prototype_scores(training: Training) -> Scores:
     vectors, concepts = _pairs(training, training.data.val)
-    found = diagnostics(training.model.prototype_vectors.cpu(), vectors, concepts)
-    plain = {
-        name: value for name, value in found._asdict().items() if isinstance(value, int | float)
-    }
+    prototypes = training.model.prototype_vectors.detach().cpu()
+    found = diagnostics(prototypes, vectors, concepts)
     if found.within_mean > 0.8:
         log.warning(
             "the prototypes of a concept are nearly one (mean cosine %.2f)", found.within_mean
         )
-    known = {f"val/{name}": _known(value) for name, value in plain.items()}
-    return {"val/assignment_accuracy": known.pop("val/accuracy"), **known}
-
-
-def _known(value: float) -> float | None:
-    return None if value != value else float(value)
+    loss = _prototype_loss(training.settings.prototype, vectors, concepts, prototypes, None)
+    shares = [share for share in found.top_shares if share == share]
+    values = {
+        "loss": float(loss),
+        "assignment_accuracy": found.accuracy,
+        "coverage": found.coverage,
+        "alive": float(found.alive),
+        "top_share": float(np.mean(shares)) if shares else float("nan"),
+        "within_mean": found.within_mean,
+        "within_max": found.within_max,
+        "across_mean": found.across_mean,
+        "across_max": found.across_max,
+    }
+    return {f"val/{name}": None if value != value else value for name, value in values.items()}
 
 
 def train_task(training: Training) -> None:
@@ -303,35 +225,66 @@ def train_task(training: Training) -> None:
     section, epochs = settings.task, settings.train.epochs_stage3
     several = settings.data.task_mode == "multilabel"
     monitor = "val/task_auroc" if several else "val/macro_f1"
+    training.curate()
+    seen = training.outputs(data.train, "similarity_scores").similarity_scores
+    held = training.outputs(data.val, "similarity_scores", "concept_logits")
     if settings.model.task_norm == "standardize":
-        _standardise(training)
-    loop = training.loop("task", {"task_head": section.lr_factor}, epochs, monitor)
+        inputs = seen.amax(2) if model.task_input == "max" else seen.flatten(1)
+        model.set_task_norm(inputs.mean(0).to(model.task_mean), inputs.std(0).to(model.task_std))
+    source, given = _verdict_source(training, seen)
+    loop = training.loop("task", source, {"task_head": section.lr_factor}, epochs, monitor)
     truth = data.train.targets.to(training.run.device)
-    weight = None
-    if section.loss == "bce_pos_weight":
-        weight = losses.pos_weights(truth.sum(0), len(truth))
+    counts = truth.sum(0) if several else truth.bincount(minlength=len(data.targets))
+    known = statistics_to_plain(statistics(seen, data.train.concepts))
+
+    def save(name: str, epoch: int, scores: Scores, best: bool) -> None:
+        logits = _classified(training, held.similarity_scores)
+        thresholds = _thresholds(training, held.concept_logits, logits)
+        more = {"score_statistics": known, "thresholds": thresholds}
+        training.save(name, "task", epoch, scores, best=best, **more)
+
     for step in loop:
-        (images, _), rows = step.batch
-        logits = loop.model(images).logits.float()
-        step.update(_task_loss(section, logits, truth[rows], weight))
+        inputs, rows = step.batch
+        inputs = inputs if isinstance(inputs, Tensor) else inputs[0]
+        logits = loop.model(inputs, given=given).logits.float()
+        step.update(_task_loss(section, logits, truth[rows], counts, len(truth)))
         if step.ends_epoch:
-            scores = _task_scores(training)
+            scores = _task_scores(training, _classified(training, held.similarity_scores))
             if step.score(scores):
-                training.save("best_model_stage3.pth", "task", step.epoch + 1, scores, True)
-    training.save("final_model.pth", "task", epochs, {}, False)
-    training.restore("best_model_stage3.pth")
-    model.eval()
+                save("best_model_stage3.pth", step.epoch + 1, scores, True)
+    if not epochs:
+        save("best_model_stage3.pth", 0, {}, True)
+    save("final_model.pth", loop.epoch, {}, False)
+    training.forget_features()
+
+
+def _verdict_source(training: Training, seen: Tensor) -> tuple[Source, Given]:
+    """Return similarities of images that do not move, computed once, or else the images."""
+    source, given = training.shown()
+    if given == "images":
+        return source, given
+    return TensorSource(seen, torch.arange(len(seen)), None, lambda scores: scores), "scores"
 
 
 @torch.no_grad()
-def _standardise(training: Training) -> None:
-    model = training.model
-    scores = training.outputs(training.data.train, "similarity_scores")
-    inputs = scores.amax(2) if model.task_input == "max" else scores.flatten(1)
-    model.set_task_norm(inputs.mean(0).to(model.task_mean), inputs.std(0).to(model.task_std))
+def _classified(training: Training, scores: Tensor) -> Tensor:
+    """Return the logits that the task head gives for similarity scores, on the CPU."""
+    training.model.eval()
+    return training.model.classify(scores.to(training.run.device)).float().cpu()
 
 
-def _task_loss(section: Any, logits: Tensor, targets: Tensor, weight: Tensor | None) -> Tensor:
+def _thresholds(training: Training, concepts: Tensor, logits: Tensor) -> dict[str, list[float]]:
+    """Tune thresholds on the validation images; one class per image needs none for its classes."""
+    val = training.data.val
+    found = {"concepts": tune_thresholds(concepts.numpy(), val.concepts.numpy()).tolist()}
+    if val.targets.ndim == 2:
+        found["targets"] = tune_thresholds(logits.numpy(), val.targets.numpy()).tolist()
+    return found
+
+
+def _task_loss(
+    section: Any, logits: Tensor, targets: Tensor, counts: Tensor, images: int
+) -> Tensor:
     match section.loss:
         case "ce":
             smoothing = section.label_smoothing
@@ -341,27 +294,26 @@ def _task_loss(section: Any, logits: Tensor, targets: Tensor, weight: Tensor | N
         case "asymmetric":
             return losses.asymmetric(logits, targets, 4.0, 1.0, 0.05)
         case "class_balanced":
-            weights = losses.class_balanced_weights(targets.sum(0).clamp(min=1))
+            weights = losses.class_balanced_weights(counts.clamp(min=1))
             return losses.focal(logits, targets, None, 2.0, weights)
+        case "bce_pos_weight":
+            return losses.concept_bce(logits, targets, losses.pos_weights(counts, images))
         case _:
-            return losses.concept_bce(logits, targets, weight)
+            return losses.concept_bce(logits, targets)
 
 
-def _task_scores(training: Training) -> dict[str, float | None]:
+def _task_scores(training: Training, logits: Tensor) -> Scores:
     part, names = training.data.val, training.data.targets
-    logits = training.outputs(part, "logits")
     if part.targets.ndim == 2:
         found = ranking(logits.numpy(), part.targets.numpy(), names)
-        loss = losses.concept_bce(logits, part.targets)
         return {
-            "val/loss": float(loss),
+            "val/loss": float(losses.concept_bce(logits, part.targets)),
             "val/task_auroc": found["auroc_macro"],
             "val/task_map": found["map"],
         }
     found = multiclass(logits.numpy(), np.asarray(part.targets), names)
-    loss = nn.functional.cross_entropy(logits, part.targets)
     return {
-        "val/loss": float(loss),
+        "val/loss": float(nn.functional.cross_entropy(logits, part.targets)),
         "val/accuracy": found["accuracy"],
         "val/macro_f1": found["f1_macro"],
     }

@@ -23,6 +23,7 @@ from moectl.engine.settings import (
 
 RESUMABLE = (
     "train.epochs",
+    "train.epochs_stage3",
     "train.log_every",
     "train.save_minutes",
     "train.keep",
@@ -222,8 +223,9 @@ def _refuse_changes(cls: type[Settings], folder: Path, settings: Settings, verb:
     refused = [key for key in changed if key not in RESUMABLE]
     cosine = new.get("schedule.name") == "cosine" and not new.get("schedule.t_max")
     tied = cosine or settings.ties_epochs(verb)  # a curve over all epochs would be another one
-    if "train.epochs" in changed and (tied or new["train.epochs"] < old["train.epochs"]):
-        refused.append("train.epochs")
+    for key in ("train.epochs", "train.epochs_stage3"):
+        if key in changed and (tied or new[key] < old[key]):
+            refused.append(key)
     if refused:
         listed = ", ".join(
             f"{key} = {new[key]!r} (the run has {old.get(key)!r})" for key in refused

@@ -97,7 +97,7 @@ class Loop:
     ) -> None:
         train = train or run.settings.train
         self.run, self.source, self.schedule, self.monitor = run, source, schedule, monitor
-        self.settings, self.accelerator = train, run.accelerator
+        self.settings, self.accelerator, self.stage = train, run.accelerator, stage
         self.stream = stream_of(len(source), train, self.accelerator, smallest)
         self.total_updates = train.epochs * self.stream.batches_per_epoch
         self.base_rates = [group["lr"] for group in optimizer.param_groups]
@@ -303,11 +303,15 @@ class Loop:
             place = {"update": self.update, "epoch": step.epoch + 1}
             seconds = round(self.run.elapsed_seconds, 3)
             self.metrics.write({**place, "elapsed_seconds": seconds, **row})
-            trackers.log(row, self.update)
+            trackers.log({self._named(name): value for name, value in row.items()}, self.update)
             if step.ends_epoch:
                 log.info(
                     "epoch %d/%d  %s", self.epoch, self.settings.epochs, console.epoch_line(row)
                 )
+
+    def _named(self, name: str) -> str:
+        """Name of a value for trackers, where the stages of a run stand side by side."""
+        return f"{self.stage}/{name}" if self.stage else name
 
     def _save(self) -> bool:
         """Write the training state and return whether it is on the disk.
