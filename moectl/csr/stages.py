@@ -34,6 +34,14 @@ log = logging.getLogger(__name__)
 
 STAGES: tuple[Stage, ...] = ("concept", "prototype", "task")
 CURATED = "applied_curation.toml"
+_TRAINED_BEFORE: Mapping[Stage, tuple[str, ...]] = {
+    "prototype": ("backbone", "concept_head"),
+    "task": ("backbone", "concept_head", "projector", "prototypes"),
+}
+_LEARNED: Mapping[Stage, tuple[str, ...]] = {
+    "prototype": ("concept_pool",),
+    "task": ("concept_pool", "num_prototypes", "projection", "projector", "local_order"),
+}
 
 
 class Training:
@@ -232,11 +240,13 @@ class Training:
                 f"{self.run.folder}: no weights of the stage before {stage}",
                 "--from RUN names a run that has them, --resume RUN goes on with it",
             )
-        self.model.load_state_dict(self._fitting(path).payload)
+        payload = self._fitting(stage, path).payload
+        known = _TRAINED_BEFORE[stage]
+        self.model.load_state_dict({**self.model.state_dict(), **_parts(payload, known)})
 
     def _adopt(self, stage: Stage, path: Path) -> Path:
         """Keep weights of another run in this one, so that it can be resumed without that."""
-        weights = self._fitting(path)
+        weights = self._fitting(stage, path)
         name = "best_model_stage1.pth" if stage == "prototype" else path.name
         if stage == "task" and not name.startswith(("best_model_stage2", "model_stage2_epoch")):
             name = "best_model_stage2.pth" if self.settings.task.start == "best" else ""
@@ -247,7 +257,8 @@ class Training:
         self.run.save_weights(name, weights.payload, facts, epoch=weights.facts["epoch"])
         return self.run.folder / name
 
-    def _fitting(self, path: Path) -> artefact.Artefact:
+    def _fitting(self, stage: Stage, path: Path) -> artefact.Artefact:
+        """Read weights of an earlier stage, if what they have learned fits this run's settings."""
         weights = artefact.load(path)
         facts, own = weights.facts, self.settings.model.model_dump()
         if facts.get("model") != "CSRNet":
@@ -257,8 +268,7 @@ class Training:
             "targets": self.data.targets,
             "backbone": self.model.backbone.arguments,
             "statistics": [list(values) for values in self.data.statistics],
-            **{name: own[name] for name in ("num_prototypes", "projection", "projector")},
-            **{name: own[name] for name in ("concept_pool", "local_order", "task_input")},
+            **{name: own[name] for name in _LEARNED[stage]},
         }
         there = {**facts["arguments"], **facts}
         for name, value in here.items():
@@ -280,6 +290,10 @@ class Training:
         kept = read_curation(own, self.data.concepts, self.model.num_prototypes)
         self.model.kept.copy_(kept)
         log.info("%d of %d prototypes have a say", int(kept.sum()), kept.numel())
+
+
+def _parts(state: Mapping[str, Tensor], names: tuple[str, ...]) -> dict[str, Tensor]:
+    return {name: value for name, value in state.items() if name.split(".")[0] in names}
 
 
 def predecessor(folder: Path, stage: Stage, pick: str = "last") -> Path | None:
