@@ -17,7 +17,7 @@ above 1, else shares of its sides. Places are edited first, then concepts.
 Letters: B batch, K concepts, M prototypes per concept, H W feature grid.
 """
 
-import math
+import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,6 +39,7 @@ from moectl.csr.edits import (
 )
 
 ALPHA = 0.2
+_LARGEST = 1e9  # of a coordinate in pixels; JSON has integers that no float can hold
 _FIELDS = ("image", "reject", "mode", "confirm", "set", "positive", "negative", "alpha", "only")
 
 
@@ -64,7 +65,7 @@ class Edit:
         return any(corner > 1 for box in self.positive + self.negative for corner in box)
 
 
-def parse_edits(document: Mapping[str, Any], concepts: Sequence[str]) -> list[Edit]:
+def parse_edits(document: Any, concepts: Sequence[str]) -> list[Edit]:
     """Read a document with a list `edits`.
 
     Args:
@@ -74,9 +75,10 @@ def parse_edits(document: Mapping[str, Any], concepts: Sequence[str]) -> list[Ed
     Raises:
         ValueError: naming the field, what is there and what was expected.
     """
-    edits = document.get("edits")
+    fields = sorted(document) if isinstance(document, Mapping) else type(document).__name__
+    edits = document.get("edits") if isinstance(document, Mapping) else None
     if not isinstance(edits, list) or not edits or len(document) > 1:
-        raise ValueError(f"a list 'edits' and nothing else expected, found {sorted(document)}")
+        raise ValueError(f"a list 'edits' and nothing else expected, found {fields}")
     return [parse_edit(table, concepts, f"edits[{n}]") for n, table in enumerate(edits)]
 
 
@@ -142,15 +144,20 @@ class _Reader:
             or not isinstance(value, int | float)
             or not low <= value <= high
         ):
-            limits = f"{low:g} or more" if high == math.inf else f"from {low:g} to {high:g}"
+            limits = f"{low:g} or more" if high == _LARGEST else f"from {low:g} to {high:g}"
             raise self.fail(key, value, f"a number, {limits}")
         return float(value)
 
     def concept(self, name: object, key: str) -> int:
         known = [normalised(one) for one in self.names]
         if not isinstance(name, str) or normalised(name) not in known:
-            raise self.fail(key, name, f"one of {', '.join(self.names)}")
+            raise self.fail(key, name, f"one of {', '.join(self.names)}{self.near(name, known)}")
         return known.index(normalised(name))
+
+    def near(self, name: object, known: Sequence[str]) -> str:
+        found = difflib.get_close_matches(normalised(str(name)), known, cutoff=0.5)
+        names = [self.names[known.index(one)] for one in found]
+        return f"; did you mean {' or '.join(names)}?" if names else ""
 
     def concepts_in(self, key: str) -> tuple[int, ...]:
         return tuple(self.concept(name, f"{key}[{n}]") for n, name in enumerate(self.list(key)))
@@ -186,8 +193,8 @@ class _Reader:
         expected = "left, top, right, bottom, each smaller than its opposite"
         if not isinstance(box, list | tuple) or len(box) != 4:
             raise self.fail(key, box, expected)
-        left, top, right, bottom = (self.number(corner, key, 0, math.inf) for corner in box)
-        if not (left < right < math.inf and top < bottom < math.inf):
+        left, top, right, bottom = (self.number(corner, key, 0, _LARGEST) for corner in box)
+        if not (left < right and top < bottom):
             raise self.fail(key, box, expected)
         return left, top, right, bottom
 

@@ -3,11 +3,14 @@
 Letters: N images, K concepts, C classes.
 """
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from moectl.csr.curation import read as read_curation
 from moectl.csr.data import Part
 from moectl.csr.inference import Answers, Opened, open_network
 from moectl.csr.localisation import localise
@@ -20,18 +23,30 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
-def run_eval(request: Request, split: Literal["test", "val"]) -> tuple[dict[str, Any], "Table"]:
+def run_eval(
+    request: Request, split: Literal["test", "val"], curation: Path | None = None
+) -> tuple[dict[str, Any], "Table"]:
     """Measure a network on the test or validation images, and write `evals/`.
+
+    Args:
+        request: the run, its weights and settings.
+        split: which images.
+        curation: file that says which prototypes have a say, instead of what the weights say.
 
     Returns:
         The JSON document, and a table of concepts and targets.
     """
     opened = open_network(request)
-    part = opened.data.test if split == "test" else opened.data.val
+    tag = opened.tag
+    if curation:
+        kept = read_curation(curation, opened.concepts, opened.model.num_prototypes)
+        opened.model.kept.copy_(kept)
+        tag = f"{tag}-{curation.stem}"
+    part = opened.part(split)
     held = opened.answers(opened.data.val)
     answers = held if split == "val" else opened.answers(part)
     document = measure(opened, part, answers, held)
-    folder = opened.folder / "evals" / f"{split}@{opened.tag}"
+    folder = opened.folder / "evals" / f"{split}@{tag}"
     if opened.accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "metrics.json", document)
@@ -59,8 +74,8 @@ def measure(opened: Opened, part: Part, answers: Answers, held: Answers) -> dict
             answers.concept_logits.numpy(), truth, names, thresholds=thresholds, **draws
         ),
         "similarities": ranking(answers.scores.amax(2).numpy(), truth, names),
-        "task": _task(opened, part, answers, held, draws),
-        "prototypes": answers.scores.shape[1] * answers.scores.shape[2],
+        "task": measure_task(opened, part, answers.logits, held.logits),
+        "prototypes": _prototypes(opened, answers.scores, part.concepts),
         "explanations": len(names),
     }
     if any(part.boxes):
@@ -71,15 +86,33 @@ def measure(opened: Opened, part: Part, answers: Answers, held: Answers) -> dict
     return document
 
 
-def _task(
-    opened: Opened, part: Part, answers: Answers, held: Answers, draws: dict[str, Any]
-) -> dict[str, Any]:
-    names, logits = opened.data.targets, answers.logits.numpy()
+def measure_task(opened: Opened, part: Part, logits: Tensor, held: Tensor) -> dict[str, Any]:
+    """Return the scores of logits (N, C), with intervals.
+
+    Args:
+        opened: the network.
+        part: the images.
+        logits: of these images, from this network or any other.
+        held: logits of the validation images, on which thresholds are tuned.
+    """
+    names, section = opened.targets, opened.settings.eval
+    draws: dict[str, Any] = {"draws": section.bootstrap, "seed": opened.settings.train.seed}
     if part.targets.ndim == 1:
-        return multiclass(logits, np.asarray(part.targets), names, **draws)
-    truth = opened.data.val.targets.numpy()
-    thresholds = tune_thresholds(held.logits.numpy(), truth)
-    return multilabel(logits, part.targets.numpy(), names, thresholds=thresholds, **draws)
+        return multiclass(logits.numpy(), np.asarray(part.targets), names, **draws)
+    thresholds = tune_thresholds(held.numpy(), opened.data.val.targets.numpy())
+    return multilabel(logits.numpy(), part.targets.numpy(), names, thresholds=thresholds, **draws)
+
+
+def _prototypes(opened: Opened, scores: Tensor, concepts: Tensor) -> dict[str, Any]:
+    """Say how many prototypes there are, have a say, and are ever the nearest."""
+    nearest = scores.argmax(2)  # (N, K)
+    present = concepts >= 0.5
+    used = [len(set(nearest[present[:, k], k].tolist())) for k in range(scores.shape[1])]
+    return {
+        "count": scores.shape[1] * scores.shape[2],
+        "kept": int(opened.model.kept.sum()),
+        "used": sum(used),
+    }
 
 
 def _predictions(opened: Opened, part: Part, answers: Answers) -> list[dict[str, Any]]:

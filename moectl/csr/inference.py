@@ -4,6 +4,7 @@ Letters: N images, B batch, K concepts, M prototypes per concept, C classes, H W
 S side that the network sees.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -162,67 +163,83 @@ class Opened:
     def outputs(self, part: Part, needs: tuple[Need, ...]) -> Output:
         """Ask about all images of a part in their order, as they are, in one pass."""
         size = self.settings.eval.batch_size
-        return outputs(self.model, part.source, needs, self.accelerator, size)
+        return outputs(self.model, part.still, needs, self.accelerator, size)
 
-    @torch.no_grad()
     def answers(self, part: Part) -> Answers:
         """Ask about all images of a part, in one pass."""
-        needs: tuple[Need, ...] = ("cams", "concept_logits", "similarity_scores", "logits")
-        maps: list[Tensor] = []
-        found = outputs(
-            self.model,
-            part.source,
-            needs,
-            self.accelerator,
-            self.settings.eval.batch_size,
-            highest=maps,
-        )
-        return Answers(
-            found.concept_logits, found.cams, found.similarity_scores, maps[0], found.logits
-        )
+        needs: tuple[Need, ...] = ("cams", "concept_logits", "logits", "similarity_scores")
+
+        def forward(images: Tensor) -> tuple[Tensor, ...]:
+            found = self.model(images, needs=(*needs, "similarity_maps"))
+            highest = found.similarity_maps.amax(2)
+            return (
+                found.concept_logits,
+                found.cams,
+                found.similarity_scores,
+                highest,
+                found.logits,
+            )
+
+        return Answers(*self.gather(part, forward))
+
+    def gather(self, part: Part, forward: "Forward") -> list[Tensor]:
+        """Return what `forward` makes of the images of a part, see `gather`."""
+        self.model.eval()
+        return gather(forward, part.still, self.accelerator, self.settings.eval.batch_size)
 
 
-@torch.no_grad()
-def outputs(  # noqa: PLR0913 - what a pass is made of
+Forward = Callable[[Tensor], Sequence[Tensor]]
+
+
+def gather(
+    forward: Forward, source: "Source", accelerator: "Accelerator", batch_size: int
+) -> list[Tensor]:
+    """Return several things for all samples of a source, each (N, …) float32 on the CPU.
+
+    Args:
+        forward: from a batch of samples to the same number of tensors (B, …) every time.
+        source: whose samples are tensors, or tuples that begin with them.
+        accelerator: devices and processes.
+        batch_size: samples per forward pass.
+    """
+    sizes: list[torch.Size] = []
+
+    def flat(batch: Any) -> Tensor:
+        found = forward(batch if isinstance(batch, Tensor) else batch[0])
+        sizes[:] = [one.shape[1:] for one in found]
+        return torch.cat([one.flatten(1).float() for one in found], 1)
+
+    rows, _ = predict(flat, source, accelerator, batch_size)
+    parts = torch.split(rows, [one.numel() for one in sizes], dim=1)
+    return [one.reshape(-1, *form) for one, form in zip(parts, sizes, strict=True)]
+
+
+def outputs(
     model: CSRNet,
     source: "Source",
     needs: tuple[Need, ...],
     accelerator: "Accelerator",
     batch_size: int,
-    *,
     given: Given = "images",
-    highest: list[Tensor] | None = None,
 ) -> Output:
     """Return several outputs for all samples of a source, (N, …) float32 on the CPU.
 
     Args:
         model: put into evaluation mode.
-        source: whose samples are images, or tuples that begin with them; or features.
+        source: see `gather`.
         needs: fields of the output, but not `prototypes`.
         accelerator: devices and processes.
         batch_size: samples per forward pass.
         given: what the samples are.
-        highest: is given the largest similarity of each concept's prototypes, (N, K, H, W).
     """
     model.eval()
-    sizes: list[torch.Size] = []
 
-    def forward(batch: Any) -> Tensor:
-        samples = batch if isinstance(batch, Tensor) else batch[0]
-        asked = needs if highest is None else (*needs, "similarity_maps")
-        found = model(samples, needs=asked, given=given)
-        shown = [getattr(found, name) for name in needs]
-        if highest is not None:
-            shown.append(found.similarity_maps.amax(2))
-        sizes[:] = [one.shape[1:] for one in shown]
-        return torch.cat([one.flatten(1).float() for one in shown], 1)
+    def forward(samples: Tensor) -> list[Tensor]:
+        found = model(samples, needs=needs, given=given)
+        return [getattr(found, name) for name in needs]
 
-    rows, _ = predict(forward, source, accelerator, batch_size)
-    parts = torch.split(rows, [one.numel() for one in sizes], dim=1)
-    shaped = [one.reshape(-1, *form) for one, form in zip(parts, sizes, strict=True)]
-    if highest is not None:
-        highest.append(shaped.pop())
-    return Output(**dict(zip(needs, shaped, strict=True)))
+    found = gather(forward, source, accelerator, batch_size)
+    return Output(**dict(zip(needs, found, strict=True)))
 
 
 def last_stage(folder: Path) -> Path:

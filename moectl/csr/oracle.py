@@ -7,12 +7,14 @@ Whatever is chosen with the help of these figures, such as the margin, is chosen
 images.
 """
 
+import math
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from moectl.common.intervals import paired
 from moectl.csr.bootstrap import f1, mean_known
 from moectl.csr.edits import Head, Mode, Statistics, confirm, contributions, margins, reject
 from moectl.csr.metrics import plain
@@ -46,15 +48,18 @@ def concept_order(cases: Cases, head: Head, order: Order, seed: int = 0) -> Tens
     Args:
         cases: the images.
         head: of the task.
-        order: by highest "similarity"; by size of the "contribution" to the most probable class; by
-            "uncertainty", the probability of the concept nearest to a half; or at "random".
+        order: by highest "similarity" to a prototype that has a say; by size of the "contribution"
+            to the most probable class; by "uncertainty", the probability of the concept nearest to
+            a half; or at "random".
         seed: of the random order.
 
     Source: Shin et al. 2023.
     """
     match order:
         case "similarity":
-            urgency = cases.scores.amax(2)
+            kept = head.kept
+            seen = cases.scores if kept is None else cases.scores.masked_fill(~kept, -math.inf)
+            urgency = seen.amax(2)
         case "contribution":
             found = contributions(cases.scores, *head)
             top = found.logits.argmax(1)
@@ -170,20 +175,23 @@ def compare(
 
     Returns:
         `decisions`; `fixed`, wrong before and right after; `broke`, the reverse; `net`, fixed less
-        broke; and `accuracy`, `f1_macro` and `true_probability`, the mean probability of what is
-        true, each with `before after change`.
+        broke; `p_value` of the exact sign test that as many images gain as lose right decisions,
+        which is McNemar's where an image is one decision; and `accuracy`, `f1_macro` and
+        `true_probability`, the mean probability of what is true, each with `before after change`.
     """
     right, means = {}, {}
     for name, logits in (("before", before), ("after", after)):
         right[name], means[name] = _judged(logits.double(), labels, thresholds)
     fixed = int((right["after"] & ~right["before"]).sum())
     broke = int((right["before"] & ~right["after"]).sum())
+    gains = (right["after"].long() - right["before"].long()).view(len(labels), -1).sum(1)
     pairs = {name: (means["before"][name], means["after"][name]) for name in _MEANS}
     return {
         "decisions": right["after"].numel(),
         "fixed": fixed,
         "broke": broke,
         "net": fixed - broke,
+        "p_value": paired(gains > 0, gains < 0, draws=1).p_value,
         **{
             name: plain({"before": first, "after": second, "change": second - first})
             for name, (first, second) in pairs.items()

@@ -9,25 +9,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moectl.csr import losses
 from moectl.csr.data import Part
 from moectl.csr.edits import statistics, statistics_to_plain
 from moectl.csr.inference import outputs
-from moectl.csr.metrics import multiclass, ranking, tune_thresholds
+from moectl.csr.metrics import ranking, tune_thresholds
 from moectl.csr.model import Given, Stage
 from moectl.csr.prototypes import diagnostics, initial, renormalise_, revive
 from moectl.csr.settings import CsrSettings
 from moectl.csr.stages import STAGES, Training
+from moectl.csr.verdict import Scores, monitor, task_loss, task_scores
 from moectl.engine.loop import Loop
 from moectl.engine.run import Run
 from moectl.engine.seeding import key
 from moectl.engine.sources import Source, TensorSource
 
 log = logging.getLogger(__name__)
-
-Scores = dict[str, float | None]
 
 
 def train(
@@ -224,7 +223,6 @@ def train_task(training: Training) -> None:
     settings, data, model = training.settings, training.data, training.model
     section, epochs = settings.task, settings.train.epochs_stage3
     several = settings.data.task_mode == "multilabel"
-    monitor = "val/task_auroc" if several else "val/macro_f1"
     training.curate()
     seen = training.outputs(data.train, "similarity_scores").similarity_scores
     held = training.outputs(data.val, "similarity_scores", "concept_logits")
@@ -232,7 +230,7 @@ def train_task(training: Training) -> None:
         inputs = seen.amax(2) if model.task_input == "max" else seen.flatten(1)
         model.set_task_norm(inputs.mean(0).to(model.task_mean), inputs.std(0).to(model.task_std))
     source, given = _verdict_source(training, seen)
-    loop = training.loop("task", source, {"task_head": section.lr_factor}, epochs, monitor)
+    loop = training.loop("task", source, {"task_head": section.lr_factor}, epochs, monitor(several))
     truth = data.train.targets.to(training.run.device)
     counts = truth.sum(0) if several else truth.bincount(minlength=len(data.targets))
     known = statistics_to_plain(statistics(seen, data.train.concepts))
@@ -247,9 +245,11 @@ def train_task(training: Training) -> None:
         inputs, rows = step.batch
         inputs = inputs if isinstance(inputs, Tensor) else inputs[0]
         logits = loop.model(inputs, given=given).logits.float()
-        step.update(_task_loss(section, logits, truth[rows], counts, len(truth)))
+        step.update(task_loss(section, logits, truth[rows], counts, len(truth)))
         if step.ends_epoch:
-            scores = _task_scores(training, _classified(training, held.similarity_scores))
+            scores = task_scores(
+                _classified(training, held.similarity_scores), data.val, data.targets
+            )
             if step.score(scores):
                 save("best_model_stage3.pth", step.epoch + 1, scores, True)
     if not epochs:
@@ -280,40 +280,3 @@ def _thresholds(training: Training, concepts: Tensor, logits: Tensor) -> dict[st
     if val.targets.ndim == 2:
         found["targets"] = tune_thresholds(logits.numpy(), val.targets.numpy()).tolist()
     return found
-
-
-def _task_loss(
-    section: Any, logits: Tensor, targets: Tensor, counts: Tensor, images: int
-) -> Tensor:
-    match section.loss:
-        case "ce":
-            smoothing = section.label_smoothing
-            return nn.functional.cross_entropy(logits, targets, label_smoothing=smoothing)
-        case "focal":
-            return losses.focal(logits, targets)
-        case "asymmetric":
-            return losses.asymmetric(logits, targets, 4.0, 1.0, 0.05)
-        case "class_balanced":
-            weights = losses.class_balanced_weights(counts.clamp(min=1))
-            return losses.focal(logits, targets, None, 2.0, weights)
-        case "bce_pos_weight":
-            return losses.concept_bce(logits, targets, losses.pos_weights(counts, images))
-        case _:
-            return losses.concept_bce(logits, targets)
-
-
-def _task_scores(training: Training, logits: Tensor) -> Scores:
-    part, names = training.data.val, training.data.targets
-    if part.targets.ndim == 2:
-        found = ranking(logits.numpy(), part.targets.numpy(), names)
-        return {
-            "val/loss": float(losses.concept_bce(logits, part.targets)),
-            "val/task_auroc": found["auroc_macro"],
-            "val/task_map": found["map"],
-        }
-    found = multiclass(logits.numpy(), np.asarray(part.targets), names)
-    return {
-        "val/loss": float(nn.functional.cross_entropy(logits, part.targets)),
-        "val/accuracy": found["accuracy"],
-        "val/macro_f1": found["f1_macro"],
-    }

@@ -56,6 +56,9 @@ def test_json_says_the_same_as_toml():
     ("table", "message"),
     [
         ({"reject": ["Edma"]}, r"edit.reject\[0\]: 'Edma', expected one of Edema, Lung Opacity"),
+        ({"reject": ["Edma"]}, r"; did you mean Edema\?$"),
+        ({"only": "lung", "positive": [[0, 0, 1, 1]]}, r"; did you mean Lung Opacity\?$"),
+        ({"reject": ["xyz"]}, "Nodule/Mass$"),
         ({"reject": "Edema"}, "edit.reject: 'Edema', expected a list"),
         ({"reject": [0]}, r"edit.reject\[0\]: 0, expected one of"),
         ({"mode": "none"}, "edit.mode: 'none', expected one of zero"),
@@ -71,7 +74,8 @@ def test_json_says_the_same_as_toml():
         ({"positive": [0, 0, 1, 1]}, r"edit.positive\[0\]: 0, expected left"),
         ({"negative": [[0.5, 0, 0.5, 1]]}, r"edit.negative\[0\]: .* smaller than its opposite"),
         ({"negative": [[-1, 0, 1, 1]]}, r"edit.negative\[0\]: -1, expected a number, 0 or more"),
-        ({"negative": [[0, 0, float("inf"), 1]]}, r"edit.negative\[0\]: .* smaller"),
+        ({"negative": [[0, 0, float("inf"), 1]]}, r"edit.negative\[0\]: inf, .* 0 or more"),
+        ({"negative": [[0, 0, 10**400, 1]]}, r"edit.negative\[0\]: 10+, .* 0 or more"),
         ({"only": "Edema"}, "edit.only: needs"),
         ({"only": 3, "positive": [[0, 0, 1, 1]]}, "edit.only: 3, expected one of"),
         ({"image": 3}, "edit.image: 3, expected text"),
@@ -86,7 +90,9 @@ def test_mistakes_are_named_with_their_field(table, message):
         parse_edit(table, NAMES)
 
 
-@pytest.mark.parametrize("document", [{}, {"edits": []}, {"edits": {}}, {"edits": [{}], "x": 1}])
+@pytest.mark.parametrize(
+    "document", [{}, {"edits": []}, {"edits": {}}, {"edits": [{}], "x": 1}, [{}]]
+)
 def test_other_documents_are_refused(document):
     with pytest.raises(ValueError, match="a list 'edits'"):
         parse_edits(document, NAMES)

@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from scipy.stats import binomtest
 from sklearn.metrics import f1_score
 
 from moectl.csr.edits import Head, Norm, confirm, contributions, margins, reject, statistics
@@ -60,6 +61,20 @@ def test_decisions_of_findings_are_answers():
     assert strict["accuracy"]["before"] - found["accuracy"]["before"] == pytest.approx(0.25)
 
 
+def test_images_gain_or_lose_as_a_whole():
+    """Of 6 images 5 gain an answer each and 1 loses two."""
+    labels = torch.ones(6, 2)
+    before = torch.tensor([[-1.0, 1.0]] * 5 + [[1.0, 1.0]])
+    after = torch.tensor([[1.0, 1.0]] * 5 + [[-1.0, -1.0]])
+    found = compare(before, after, labels)
+    assert (found["fixed"], found["broke"]) == (5, 2)
+    assert found["p_value"] == pytest.approx(binomtest(5, 6).pvalue)
+    assert compare(before, before, labels)["p_value"] == 1
+    classes = torch.zeros(5).long()
+    found = compare(torch.tensor([[0.0, 1.0]] * 5), torch.tensor([[1.0, 0.0]] * 5), classes)
+    assert found["p_value"] == pytest.approx(2 * 0.5**5)
+
+
 def test_no_change_changes_nothing():
     cases, head, _ = world()
     logits = contributions(cases.scores, *head).logits
@@ -90,6 +105,14 @@ def test_orders_put_first_what_they_say():
     assert not torch.equal(first["random"], concept_order(cases, head, "random", seed=1)[:, 0])
     with pytest.raises(ValueError, match="order 'best'"):
         concept_order(cases, head, "best")  # type: ignore[arg-type]
+
+
+def test_prototypes_without_a_say_make_no_concept_the_first():
+    cases, head, _ = world()
+    kept = torch.ones(CONCEPTS, PROTOTYPES, dtype=torch.bool)
+    kept[2] = False
+    first = concept_order(cases, head._replace(kept=kept), "similarity")
+    assert (first[:, -1] == 2).all()
 
 
 # The study
