@@ -59,6 +59,20 @@ class Columns:
     """Where the table has no patient column: the start of an image's id that names the patient."""
 
 
+USUAL = {
+    "isic": Columns(
+        concepts=("milia_like_cyst", "pigment_network", "negative_network", "streaks"),
+        targets=("diagnosis",),
+        task_mode="multiclass",
+        image="image",
+    ),
+}
+"""The columns of data sets that have others than VinDr-CXR.
+
+Source: Codella et al. 2018 (ISIC 2017).
+"""
+
+
 class Table(NamedTuple):
     """The text of a CSV file."""
 

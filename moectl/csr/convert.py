@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 _WRAPPERS = ("model", "state_dict", "model_state_dict")
+_NORM = ("task_mean", "task_std", "kept")
+"""Buffers of our networks that an original checkpoint does not have."""
 
 # Encoders by timm and the authors of masked autoencoders, then by transformers before version 5.
 _VIT_NAMES = [
@@ -68,11 +70,8 @@ class Converted(NamedTuple):
     """Names in the file that are no part of the backbone: decoder, classifier, pooler."""
 
 
-def backbone_weights(payload: Any) -> dict[str, Tensor]:
-    """Find the weights of the backbone in what a file holds.
-
-    They may lie under `model` or `state_dict` and be named `module.…`. Of a whole network whose
-    names begin with `backbone.` only that part is taken.
+def network_weights(payload: Any) -> dict[str, Tensor]:
+    """Find the weights in what a file holds: under `model` or `state_dict`, named `module.…`.
 
     Raises:
         ValueError: if there are none.
@@ -87,6 +86,18 @@ def backbone_weights(payload: Any) -> dict[str, Tensor]:
     }
     if not state:
         raise ValueError("holds no weights, neither alone nor as model or state_dict")
+    return state
+
+
+def backbone_weights(payload: Any) -> dict[str, Tensor]:
+    """Find the weights of the backbone in what a file holds.
+
+    Of a whole network whose names begin with `backbone.` only that part is taken.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    state = network_weights(payload)
     part = {name: value for name, value in state.items() if name.startswith("backbone.")}
     return {name.removeprefix("backbone."): value for name, value in (part or state).items()}
 
@@ -184,14 +195,20 @@ def load_original(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         ValueError: if it is no such checkpoint.
     """
     plain = {name.removeprefix("module."): value for name, value in state.items()}
-    rows = len(_head(plain, "prototypes", 4))
+    if ours := [name for name in _NORM if name in plain]:
+        raise ValueError(f"has {ours[0]}, so it is no original checkpoint but one of csr train")
+    rows, concepts = len(_head(plain, "prototypes", 4)), len(_head(plain, "concept_head.weight", 4))
     found = {
         _original_name(name): value
         for name, value in plain.items()
         if not name.startswith("backbone.vit.pooler.")
     }
     device = plain["prototypes"].device
-    norm = {"task_mean": torch.zeros(rows), "task_std": torch.ones(rows)}
+    norm = {
+        "task_mean": torch.zeros(rows),
+        "task_std": torch.ones(rows),
+        "kept": torch.ones(concepts, rows // concepts, dtype=torch.bool),
+    }
     return {**{name: value.to(device) for name, value in norm.items()}, **found}
 
 

@@ -30,7 +30,7 @@ _READ = ("concept", "index", "keep")
 _HELP = ("hits", "out_of_box", "reliance")
 _INTRODUCTION = """\
 # Set keep = false for a prototype that should have no say, then train the verdict again:
-#     moectl csr train --stage task --curation THIS_FILE
+#     moectl csr train --stage task --from RUN --curation THIS_FILE
 # hits: training images that it is nearest to. out_of_box: share of its exemplars on which it looks
 # outside of the boxes of its concept. reliance: macro-F1 that is lost without it, validation images.
 """

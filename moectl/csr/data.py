@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from moectl.csr.boxes import Box, read_boxes, read_resize_table
-from moectl.csr.columns import Columns
+from moectl.csr.columns import USUAL, Columns
 from moectl.csr.images import find_image, read_image
 from moectl.csr.losses import box_masks
 from moectl.csr.synthetic import Glyphs, glyphs
@@ -224,16 +224,24 @@ def _glyphs(section: "DataSection", seed: int) -> tuple[_Images, _Images]:
     return of(pool, seed), of(test, seed + 1)
 
 
-def _tables(section: "DataSection") -> tuple[_Images, _Images]:
-    columns = Columns(
-        concepts=tuple(_names(section.concept_columns)),
-        targets=tuple(_names(section.target_columns)),
+def columns(section: "DataSection") -> Columns:
+    """Return what the settings say about the columns of the label tables."""
+    usual = USUAL.get(section.dataset, Columns())
+    own = section.concept_set != "auto"
+    return Columns(
+        concepts=_names(section.concept_columns) or (() if own else usual.concepts),
+        targets=_names(section.target_columns) or usual.targets,
         concept_set=section.concept_set,
         task_mode=section.task_mode,
+        image=section.image_column or usual.image,
         patient_pattern=section.patient_pattern,
     )
-    train = read_labels(section.train_csv, columns, section.aggregate)
-    test = read_labels(section.test_csv, columns, section.aggregate, like=train)
+
+
+def _tables(section: "DataSection") -> tuple[_Images, _Images]:
+    wanted = columns(section)
+    train = read_labels(section.train_csv, wanted, section.aggregate)
+    test = read_labels(section.test_csv, wanted, section.aggregate, like=train)
     return (
         _files(
             section,
@@ -248,8 +256,8 @@ def _tables(section: "DataSection") -> tuple[_Images, _Images]:
     )
 
 
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def _files(

@@ -15,6 +15,7 @@ from moectl.csr.data import Part
 from moectl.csr.inference import Answers, Opened, open_network
 from moectl.csr.localisation import localise
 from moectl.csr.metrics import multiclass, multilabel, ranking, tune_thresholds
+from moectl.csr.report import report_again
 from moectl.engine import console
 from moectl.engine.command import Request
 from moectl.engine.files import csv_text, write_json, write_text
@@ -51,6 +52,7 @@ def run_eval(
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "metrics.json", document)
         write_text(folder / "predictions.csv", csv_text(_predictions(opened, part, answers)))
+        report_again(opened.folder)
     return {"folder": str(folder), **document}, _table(document)
 
 

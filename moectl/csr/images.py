@@ -4,7 +4,6 @@ Legend: H W pixels.
 """
 
 import io
-import logging
 import multiprocessing
 import struct
 import warnings
@@ -21,16 +20,23 @@ from numpy.typing import NDArray
 from moectl.csr.dicom import DICOM_SUFFIXES, dicom_size, is_dicom, need_pydicom, read_dicom
 from moectl.engine.console import progress
 from moectl.engine.errors import RunFailed, UserError
-from moectl.engine.files import csv_text, write_bytes, write_text
+from moectl.engine.files import (
+    csv_text,
+    is_file,
+    read_json,
+    write_bytes,
+    write_json,
+    write_text,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from PIL.Image import Image
 
-logger = logging.getLogger(__name__)
-
 RESIZE_TABLE = "resize_factors.csv"
+ORIGIN = "preprocess.json"
+"""Says what a folder of results was made from, so that a second run can go on with it."""
 SUFFIXES = (".png", ".jpg", ".jpeg", *DICOM_SUFFIXES, "")
 """In the order in which they are looked for; an id may also be a whole file name."""
 Channels = Literal["grey", "rgb"]
@@ -161,17 +167,20 @@ def preprocess(
     """Write the images of a folder, also those in folders below, as square PNG files.
 
     Grey images get 8 or 16 bits; colour keeps its three channels of 8 bits. Files are written
-    whole or not at all, and not again if they are there already.
+    whole or not at all, and not again if they are there already. Nothing but results of the same
+    call is ever replaced.
 
     Args:
         folder: of the images.
-        out: folder of the PNG files, under the same names, and of `resize_factors.csv`.
+        out: folder of the PNG files, under the same names, and of `resize_factors.csv`; empty, or
+            begun by an earlier call with the same folder, size and bits.
         size: side in pixels.
         bits: per pixel of grey images.
         workers: processes; up to 1 reads here.
 
     Raises:
-        UserError: if the folder holds no image, none can be read, or pydicom is missing.
+        UserError: if the folder holds no image, none can be read, pydicom is missing, or `out` has
+            other content.
     """
     files = _files(folder, out)
     jobs = [_Job(name, path, out / f"{name}.png", size, bits) for name, path in files.items()]
@@ -180,6 +189,7 @@ def preprocess(
     for path in filter(is_dicom, files.values()):
         need_pydicom(path)  # one sentence now, not one for each image
         break
+    _claim(out, {"source": str(folder.resolve()), "size": size, "bits": bits})
     for parent in {job.target.parent for job in jobs}:
         parent.mkdir(parents=True, exist_ok=True)
     done = []
@@ -191,12 +201,29 @@ def preprocess(
     unreadable = [one.error for one in done if one.error]
     if not good:
         raise UserError(f"{folder}: none of {len(jobs)} images can be read: {unreadable[0]}")
-    for error in unreadable:
-        logger.warning("%s", error)
     table = out / RESIZE_TABLE
     write_text(table, csv_text([_resize_row(one, size) for one in good]))
     skipped = sum(one.skipped for one in good)
     return Preprocessed(len(good) - skipped, skipped, unreadable, table)
+
+
+def _claim(out: Path, origin: dict[str, object]) -> None:
+    """Write down what a folder is made from, unless it says so already."""
+    note = out / ORIGIN
+    if is_file(note):
+        if read_json(note) != origin:
+            raise UserError(
+                f"{out}: was made from another folder, or with another size or depth, see {ORIGIN}",
+                "choose a new folder",
+            )
+        return
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if any(out.iterdir()):
+            raise UserError(f"{out}: is not empty", "choose a new folder")
+        write_json(note, origin)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written to ({error.strerror})") from None
 
 
 class _Job(NamedTuple):

@@ -15,8 +15,9 @@ _Table = Path | None
 class DataSection(Section):
     """Label tables, images and boxes."""
 
-    dataset: Annotated[Literal["csv", "synthetic"], Flag("--dataset")] = "csv"
-    """Tables of your own (VinDr-CXR's and others), or glyphs that are drawn."""
+    dataset: Annotated[Literal["csv", "isic", "synthetic"], Flag("--dataset")] = "csv"
+    """Tables of your own (VinDr-CXR's and others), tables with the columns of ISIC 2017, or glyphs
+    that are drawn."""
     train_csv: Annotated[Path, Flag("--train-csv")] = Path("labels_train.csv")
     """Label table of the training images."""
     test_csv: Annotated[Path, Flag("--test-csv")] = Path("labels_test.csv")
@@ -41,10 +42,13 @@ class DataSection(Section):
     """What several readers make of an image: any, majority, mean, or reader:ID."""
     concept_set: Annotated[Literal["auto", "vinbigdata14"], Flag("--concept-set")] = "auto"
     """Which columns are concepts: by their names, or the 14 findings of VinBigData."""
-    concept_columns: str = ""
+    image_column: Annotated[str, Flag("--image-column")] = ""
+    """Column with the ids of the images; empty for image_id, or what the dataset calls it."""
+    concept_columns: Annotated[str, Flag("--concept-columns")] = ""
     """Concepts by name, with commas; overrules the set."""
-    target_columns: str = ""
-    """Targets by name, with commas; overrules the set."""
+    target_columns: Annotated[str, Flag("--target-columns")] = ""
+    """Targets by name, with commas; overrules the set. With one class per image this may be the one
+    column that holds its name."""
     task_mode: Annotated[Literal["multilabel", "multiclass"], Flag("--task-mode")] = "multilabel"
     """Whether an image may have several targets, or exactly one."""
     patient_pattern: str = ""
@@ -232,6 +236,21 @@ class CsrSettings(Settings):
     schedule: ScheduleSection = ScheduleSection()
     train: CsrTrain = CsrTrain()
     eval: EvalSection = EvalSection()
+
+    @model_validator(mode="after")
+    def _task_fits_the_data(self) -> "CsrSettings":
+        dataset, mode = self.data.dataset, self.data.task_mode
+        if dataset == "synthetic" and mode == "multiclass":
+            raise ValueError(
+                "data.dataset is synthetic, whose images have several targets, but data.task_mode"
+                " is multiclass"
+            )
+        if dataset == "isic" and mode == "multilabel":
+            raise ValueError(
+                "data.dataset is isic, whose images have one class each: it needs data.task_mode ="
+                " multiclass and task.loss = ce"
+            )
+        return self
 
     @model_validator(mode="after")
     def _loss_fits_the_task(self) -> "CsrSettings":

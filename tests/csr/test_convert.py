@@ -213,9 +213,8 @@ def original_vit(old: bool) -> tuple[CSRNet, dict[str, Tensor]]:
     found = {f"backbone.vit.{name}": vit[name] for name in vit}
     if old:
         found = {f"backbone.vit.{name}": value for name, value in old_names(vit).items()}
-    heads = {name: value for name, value in names.items() if not name.startswith("backbone.")}
-    found |= {name: value for name, value in heads.items() if not name.startswith("task_m")}
-    found.pop("task_std")
+    ours = ("backbone.", "task_mean", "task_std", "kept")
+    found |= {name: value for name, value in names.items() if not name.startswith(ours)}
     found["backbone.vit.pooler.dense.weight"] = torch.zeros(WIDTH, WIDTH)
     return net.eval(), {f"module.{name}": value for name, value in found.items()}
 
@@ -240,7 +239,7 @@ def test_an_original_residual_network_fits_ours(kind):
         numbers = {"conv1": 0, "bn1": 1, "layer1": 4, "layer2": 5, "layer3": 6, "layer4": 7}
         state = {}
         for name, value in net.state_dict().items():
-            if not name.startswith("task_m") and name != "task_std":
+            if name not in ("task_mean", "task_std", "kept"):
                 for layer, number in numbers.items():
                     name = name.replace(f"backbone.features.{layer}.", f"backbone.{number}.")
                 state[name] = value
@@ -258,6 +257,7 @@ def test_an_original_residual_network_fits_ours(kind):
         ({"module.prototypes": torch.zeros(7, 5, 1, 1)}, "7 prototypes of 3 concepts"),
         ({"module.concept_head.weight": None}, "no concept_head.weight"),
         ({"module.backbone.3.weight": torch.zeros(1)}, "no part 3"),
+        ({"task_mean": torch.zeros(6)}, "has task_mean, so it is no original checkpoint"),
         ({"module.backbone.vit.embeddings.cls_token": None}, "neither a vision transformer"),
     ],
 )

@@ -115,7 +115,7 @@ def test_maps_are_cut_off_and_not_stretched() -> None:
 
 def test_large_images_shrink_in_shape_and_grey_becomes_three_channels() -> None:
     small = thumbnail(torch.full((1, 900, 1800), 0.2))
-    assert (small.shape, small.dtype) == ((224, 448, 3), np.uint8)
+    assert (small.shape, str(small.dtype)) == ((224, 448, 3), "uint8")
     assert (small == 51).all()
     assert thumbnail(np.ones((3, 5, 7), np.float32)).shape == (5, 7, 3)
     colour = thumbnail(torch.tensor([1.0, 0.5, 0.0]).view(3, 1, 1).expand(3, 4, 4))

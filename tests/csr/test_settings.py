@@ -83,6 +83,20 @@ def test_a_loss_that_does_not_fit_the_task_is_refused(loss: str, mode: str) -> N
         settings(f"task.loss={loss}", f"data.task_mode={mode}")
 
 
+@pytest.mark.parametrize("loss", ["bce", "ce"])
+def test_glyphs_have_several_targets(loss: str) -> None:
+    words = ("data.dataset=synthetic", "data.task_mode=multiclass", f"task.loss={loss}")
+    with pytest.raises(UserError, match=r"data\.dataset is synthetic.*data\.task_mode is multiclass"):
+        settings(*words)
+
+
+def test_isic_has_one_class_per_image() -> None:
+    with pytest.raises(UserError, match=r"isic.* data\.task_mode = multiclass and task\.loss = ce"):
+        settings("data.dataset=isic")
+    data = settings("data.dataset=isic", "data.task_mode=multiclass", "task.loss=ce").data
+    assert data.dataset == "isic"
+
+
 def test_one_class_per_image_takes_cross_entropy() -> None:
     both = settings("task.loss=ce", "data.task_mode=multiclass")
     assert (both.task.loss, both.data.task_mode) == ("ce", "multiclass")

@@ -1,0 +1,76 @@
+"""Stages 2 and 3 from features computed once, against the backbone in every epoch.
+
+python tests/benchmarks/csr_cache.py [--images 300] [--epochs 10] [--size 128]
+"""
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moectl.csr.settings import CsrSettings
+from moectl.csr.stages import STAGES
+from moectl.csr.train import train
+from moectl.engine.launch import build_accelerator, choose_threads
+from moectl.engine.run import create
+from moectl.engine.settings import resolve
+
+
+def trained(folder: Path, given: dict[str, Any], stages: Any, start: str) -> float:
+    """Train some stages, and return the seconds that they took."""
+    settings = resolve(CsrSettings, given, [], [])[0]
+    accelerator = build_accelerator(settings.train, cpu=True)
+    named: dict[str, Any] = {"room": "csr", "command": "train", "name": "t", "origin": {}}
+    with create(settings, accelerator, out=folder, **named) as run:
+        began = time.perf_counter()
+        train(run.settings, run, stages, start)
+        return time.perf_counter() - began
+
+
+def main() -> None:
+    """Print seconds, their ratio, and how far the weights are from each other."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    for name, default in (("images", 300), ("epochs", 10), ("size", 128)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--backbone", default="resnet18")
+    asked = parser.parse_args()
+    choose_threads(1)
+    torch.set_num_threads(1)
+    given = {
+        "data.dataset": "synthetic",
+        "data.synthetic_images": asked.images,
+        "data.image_size": asked.size,
+        "data.augment_heads": False,
+        "data.workers": 0,
+        "model.backbone_type": asked.backbone,
+        "model.pretrained": False,
+        "train.precision": "no",
+        "train.tensorboard": False,
+        "train.epochs_stage1": 1,
+        "train.epochs_stage2": asked.epochs,
+        "train.epochs_stage3": asked.epochs,
+    }
+    with tempfile.TemporaryDirectory() as root:
+        start = Path(root) / "start"
+        trained(start, given, STAGES[:1], "")
+        seconds, weights = {}, {}
+        for kept in ("off", "auto"):
+            folder = Path(root) / kept
+            changed = {**given, "train.feature_cache": kept}
+            seconds[kept] = trained(folder, changed, STAGES[1:], str(start))
+            weights[kept] = torch.load(folder / "final_model.pth", weights_only=True)
+    differences = [
+        float((value.float() - weights["auto"][name].float()).abs().max())
+        for name, value in weights["off"].items()
+    ]
+    print(f"{asked.backbone}, {asked.images} images of {asked.size} px, {asked.epochs} epochs each")
+    print(f"backbone in every epoch  {seconds['off']:8.1f} s")
+    print(f"features computed once   {seconds['auto']:8.1f} s")
+    print(f"ratio {seconds['off'] / seconds['auto']:.1f}, weights differ by {max(differences):.1e}")
+
+
+if __name__ == "__main__":
+    main()
