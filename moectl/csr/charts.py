@@ -169,7 +169,7 @@ def concept_table(document: Document) -> Table:
     similar = document["similarities"]["columns"]
     columns = (
         *("concept", "images", "AUROC", "95 % interval", "AUROC of similarity", "AP"),
-        *("F1 at 0.5", "F1 tuned", "threshold", "sensitivity at 90 % specificity", "ECE"),
+        *("F1 at 0.5", "F1 tuned", "threshold", "sensitivity at 90 % spec.", "ECE"),
     )
     rows = [
         [
@@ -194,7 +194,7 @@ def task_table(document: Document) -> Table:
         "f1_tuned": "F1 tuned",
         "threshold": "threshold",
         "recall": "recall",
-        "sensitivity": "sensitivity at 90 % specificity",
+        "sensitivity": "sensitivity at 90 % spec.",
         "ece": "ECE",
     }
     own = list(found["columns"].values())

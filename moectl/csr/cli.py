@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -11,6 +11,13 @@ from moectl.engine import console
 from moectl.engine.command import Request, command, open_run
 from moectl.engine.errors import RunFailed, UserError
 
+
+def _size(settings: Any) -> dict[str, Any]:
+    from moectl.csr.size import size
+
+    return size(settings)
+
+
 _NUMBERS = {"1": "concept", "2": "prototype", "3": "task"}
 
 
@@ -18,6 +25,7 @@ _NUMBERS = {"1": "concept", "2": "prototype", "3": "task"}
     CsrSettings,
     ("data", "model", "concept", "prototype", "task", "optim", "schedule", "train"),
     train=True,
+    size=_size,
     alias="--exp-name",
     without=("train.epochs",),
 )
@@ -193,3 +201,76 @@ def intervene(  # noqa: PLR0913 - the options of a command
         raise UserError("--order goes with --oracle")
     rows = run_intervene(request, Choice(images or [], split or "", ids or [], flags, edits))
     console.result(rows, lines(rows))
+
+
+def preprocess(  # noqa: PLR0913 - the options of a command
+    source: Annotated[Path, typer.Argument(help="Folder of images, and of folders of images.")],
+    out: Annotated[Path, typer.Argument(help="Folder of the PNG files, new or begun by this.")],
+    size: Annotated[int, typer.Option("--size", min=16, help="Side in pixels.")] = 224,
+    bits: Annotated[
+        Literal["8", "16"], typer.Option("--bits", help="Bits per pixel of grey images.")
+    ] = "8",
+    workers: Annotated[int, typer.Option("--workers", min=1, help="Processes that read.")] = 4,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Only warnings and errors on stderr.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="The result as one JSON document on stdout.")
+    ] = False,
+) -> None:
+    """Turn a folder of images into small PNG files."""
+    from moectl.csr.images import preprocess as run_preprocess
+
+    console.setup(quiet=quiet, as_json=as_json)
+    found = run_preprocess(source, out, size, 16 if bits == "16" else 8, workers)
+    words = f"{found.written} images written, {found.skipped} were there, {found.table}"
+    lines = [*found.unreadable, words]
+    console.result({**found._asdict(), "table": str(found.table)}, "\n".join(lines))
+    if bad := len(found.unreadable):
+        raise RunFailed(f"{bad} of {bad + found.written + found.skipped} images could not be read")
+
+
+@command(
+    CsrSettings,
+    ("data",),
+    train=None,
+    without=(
+        "data.image_size",
+        "data.normalize",
+        "data.hflip",
+        "data.augment_heads",
+        "data.workers",
+    ),
+)
+def check_data(
+    request: Request,
+    images: Annotated[
+        bool, typer.Option("--images", help="Decode every image; the unreadable are listed.")
+    ] = False,
+) -> None:
+    """Check tables, images and boxes before training."""
+    from moectl.csr.check import check
+
+    settings: Any = request.settings
+    document, tables = check(settings, images)
+    console.result(document, tables)
+    if problems := document["problems"]:
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise UserError("\n".join([f"{count} to solve before training", *problems]))
+
+
+@command(CsrSettings, ("data",), train=True, without=("data.augment_heads",))
+def convert(
+    request: Request,
+    weights: Annotated[Path, typer.Argument(help="A .pth file of the original program.")],
+) -> None:
+    """Bring a .pth of the original code into a run folder."""
+    from moectl.csr.import_original import read_original, write_original
+
+    if request.folder:
+        raise UserError("convert makes a new run, it does not go on with one", "leave --resume out")
+    settings: Any = request.settings
+    original = read_original(weights, settings)
+    with open_run(replace(request, settings=original.settings)) as run:
+        document = write_original(original, run)
+    console.result({**run.record, **document, "folder": str(run.folder)}, str(run.folder))

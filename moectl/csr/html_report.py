@@ -45,8 +45,9 @@ h2 { font-size: 1.2rem; margin: 2.2rem 0 .5rem; border-bottom: 2px solid #0072b2
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .6rem; border-bottom: 1px solid #e3e3e3; vertical-align: top; }
 th { text-align: left; font-weight: 600; }
-thead th { vertical-align: bottom; min-width: 3.5rem; }
-tbody th { position: sticky; left: 0; background: #fff; font-weight: 400; min-width: 7rem; }
+thead th { vertical-align: bottom; min-width: 3.5rem; overflow-wrap: normal; }
+tbody th { position: sticky; left: 0; background: #fff; font-weight: 400; max-width: min(14rem, 40vw);
+  overflow-wrap: break-word; }
 .numbers td, .numbers thead th:not(:first-child) { text-align: right; white-space: nowrap; }
 .numbers thead th:not(:first-child) { white-space: normal; overflow-wrap: normal; }
 figure { margin: 1rem 0; }
@@ -56,9 +57,11 @@ img { max-width: 100%; height: auto; }
   @page { margin: 14mm; }
   body { max-width: none; padding: 0; font-size: 10pt; }
   .wide { overflow: visible; }
-  table { font-size: 8pt; }
-  th, td { padding: .15rem .3rem; }
-  tbody th { position: static; }
+  table { font-size: 7.5pt; }
+  th, td { padding: .15rem .25rem; }
+  .numbers td { white-space: normal; overflow-wrap: normal; }
+  thead th { min-width: 0; }
+  tbody th { position: static; max-width: 40mm; }
   h2 { break-after: avoid; }
   tr, figure { break-inside: avoid; }
   img { max-height: 240mm; width: auto; }
@@ -291,11 +294,11 @@ def _paragraph(text: str, kind: str = "") -> str:
 
 
 def _table(table: Table, kind: str = "numbers") -> str:
-    head = "".join(f'<th scope="col">{_text(name)}</th>' for name in table.columns)
+    names = "".join(f'<th scope="col">{_text(name)}</th>' for name in table.columns)
+    head = f"<thead><tr>{names}</tr></thead>\n" if any(table.columns) else ""
     body = "\n".join(f"<tr>{_cells(row)}</tr>" for row in table.rows)
     return (
-        f'<div class="wide"><table class="{kind}">\n<thead><tr>{head}</tr></thead>\n'
-        f"<tbody>\n{body}\n</tbody>\n</table></div>"
+        f'<div class="wide"><table class="{kind}">\n{head}<tbody>\n{body}\n</tbody>\n</table></div>'
     )
 
 

@@ -246,11 +246,14 @@ def _files(folder: Path, out: Path) -> dict[str, Path]:
     """Return image files by their ids, in order; of several the one that `find_image` takes."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder of images")
+    results = out.resolve()
+    if folder.resolve().is_relative_to(results):
+        raise UserError(f"{out}: holds the images themselves", "choose a new folder")
     found: dict[str, Path] = {}
     for path in sorted(folder.rglob("*")):
         known = path.suffix.lower() in SUFFIXES[:-1]
         name = path.relative_to(folder).as_posix().removesuffix(path.suffix if known else "")
-        hidden = path.name.startswith(".") or path.is_relative_to(out)
+        hidden = path.name.startswith(".") or path.resolve().is_relative_to(results)
         if not hidden and path.is_file() and (known or is_dicom(path)):
             found.setdefault(name, path)
     return {name: find_image(folder, name) for name in found}

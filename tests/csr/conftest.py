@@ -1,6 +1,7 @@
 """A tiny training of all three stages on glyphs, run once."""
 
 import os
+import shutil
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
@@ -69,6 +70,18 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if before is not None:
             os.environ["MOECTL_RUNS"] = before
     return root / "csr" / "t"
+
+
+@pytest.fixture(scope="session")
+def measured_run(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the tiny training with `evals/test@best_model_stage3`; not to be written to."""
+    from moectl.cli import _run
+
+    folder = tmp_path_factory.mktemp("measured") / "tiny"
+    shutil.copytree(finished_run, folder)
+    words = ("--run", str(folder), "--bootstrap", "50", "--cpu", "--quiet", "--json")
+    assert _run(["csr", "eval", *words]) == 0
+    return folder
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,6 @@ import torch
 import torch.nn.functional as F
 
 from moectl.csr.atlas import Nearest, _outside, nearest, peak_box, read_atlas, reliance
-from moectl.csr.data import Part
 from moectl.csr.edits import Head, Norm, contributions
 from moectl.csr.inference import Opened, open_network
 from moectl.csr.metrics import f1_scores
@@ -198,7 +198,7 @@ def test_a_shortcut_is_suspected_from_three_exemplars_with_boxes_on(
 ) -> None:
     corner = [(0, 0.5, 0.5, 1.0, 1.0)]
     boxes = [corner] * boxed + [[(1, *corner[0][1:])]] * (4 - boxed)
-    part: Any = Part(*[None] * 4, boxes=boxes, pixels=None, identities=[])  # type: ignore[arg-type]
+    part: Any = SimpleNamespace(boxes=boxes)
     maps = torch.zeros(1, 4, 2, 2)
     maps[..., 0, 0] = 1
     found = Nearest(torch.arange(4)[None], torch.zeros(1, 4))

@@ -234,8 +234,8 @@ def test_a_folder_with_other_content_is_left_alone(save, tmp_path):
     save(ramp(8), "in/x.png")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/x.png").write_text("precious")
-    for out in ("mine", "in"):
-        with pytest.raises(UserError, match=f"{out}: is not empty"):
+    for out, message in (("mine", "is not empty"), ("in", "holds the images themselves")):
+        with pytest.raises(UserError, match=f"{out}: {message}"):
             preprocess(tmp_path / "in", tmp_path / out, size=8)
     assert (tmp_path / "mine/x.png").read_text() == "precious"
     assert [path.name for path in (tmp_path / "in").iterdir()] == ["x.png"]

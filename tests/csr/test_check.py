@@ -1,0 +1,224 @@
+"""What check-data finds in tables that are wrong in many ways."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+Call = Callable[..., tuple[int, str, str]]
+COLUMNS = ("Nodule/Mass", "Cardiomegaly", "Edema", "Everywhere", "Twin", "Pneumonia", "No finding")
+
+
+def write(path: Path, *lines: str) -> None:
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+@pytest.fixture
+def folder(isolated: Path) -> Path:
+    """Twenty training and six test images, 80 x 40 pixels, seen by two readers each."""
+    for part, count in (("train", 20), ("test", 6)):
+        (isolated / part).mkdir()
+        lines = [",".join(("image_id", "rad_id", *COLUMNS))]
+        for number in range(count):
+            name, odd = f"{part}{number}", number % 2
+            pixels = np.full((40, 80), 10 * number, np.uint8)
+            Image.fromarray(pixels).save(isolated / part / f"{name}.png")
+            first = (odd, number % 4 == 0, "", 1, odd, odd, 1 - odd)
+            second = (odd, 1 - (number % 4 == 0), 0, 1, odd, odd, 1 - odd)
+            lines += [
+                ",".join(
+                    [name, reader, *(str(value if value == "" else int(value)) for value in values)]
+                )
+                for reader, values in (("R1", first), ("R2", second))
+            ]
+        write(isolated / f"labels_{part}.csv", *lines)
+    return isolated
+
+
+@pytest.fixture
+def boxes(folder: Path) -> Path:
+    for part in ("train", "test"):
+        write(
+            folder / f"boxes_{part}.csv",
+            "image_id,rad_id,class_name,x_min,y_min,x_max,y_max",
+            f"{part}1,R1,Nodule/Mass,20,10,40,20",
+            f"{part}3,R1,Nodule/Mass,60,10,90,20",  # stands out on the right
+            f"{part}0,R1,Nodule/Mass,20,10,40,20",  # without the label
+            f"{part}1,R1,Tumour,20,10,40,20",
+            f"{part}1,R1,Pneumonia,20,10,40,20",
+            f"{part}2,R1,No finding,,,,",
+            "elsewhere,R1,Nodule/Mass,20,10,40,20",
+        )
+    return folder
+
+
+BOXES = ("--train-bbox-csv", "boxes_train.csv", "--test-bbox-csv", "boxes_test.csv")
+
+
+def checked(csr: Call, *words: str, code: int = 0) -> dict[str, Any]:
+    found, out, err = csr("check-data", "--json", *words)
+    assert found == code, err
+    document: dict[str, Any] = json.loads(out)
+    return document
+
+
+def column(document: dict[str, Any], name: str) -> dict[str, Any]:
+    (found,) = [one for one in document["columns"] if one["name"] == name]
+    return found
+
+
+def test_images_and_positives_are_counted_as_a_training_divides_them(
+    csr: Call, folder: Path
+) -> None:
+    from moectl.csr.data import load
+    from moectl.csr.settings import CsrSettings
+
+    document = checked(csr, "--val-fraction", "0.3", "--set", "train.seed=5")
+    section = CsrSettings().data.model_copy(update={"val_fraction": 0.3})
+    data = load(section, 5, (8, 8))
+    assert document["images"] == {"train": 14, "val": 6, "test": 6}
+    for place, name in enumerate(data.concepts):
+        found = column(document, name)
+        assert found["role"] == "concept"
+        assert found["positives"] == {
+            part: int(getattr(data, part).concepts[:, place].sum())
+            for part in ("train", "val", "test")
+        }
+    positives = column(document, "Nodule/Mass")["positives"]["train"]
+    weight = (14 - positives) / positives
+    assert column(document, "Nodule/Mass")["pos_weight"] == pytest.approx(weight, abs=1e-4)
+    assert column(document, "Pneumonia")["role"] == "target"
+    assert document["problems"] == []
+
+
+def test_oddities_of_columns_are_named(csr: Call, folder: Path) -> None:
+    document = checked(csr)
+    assert column(document, "Edema")["constant"] == "all 0"
+    assert column(document, "Edema")["pos_weight"] == 18
+    assert column(document, "Everywhere")["constant"] == "all 1"
+    assert column(document, "Twin")["constant"] is None
+    notes = document["notes"]
+    assert notes["leaks"] == ["Nodule/Mass", "Twin"]
+    assert notes["empty_cells"] == {"train": {"Edema": 20}, "test": {"Edema": 6}}
+    assert column(document, "Nodule/Mass")["kappa"] == 1
+    assert column(document, "Cardiomegaly")["kappa"] == pytest.approx(-1)
+    assert column(document, "Edema")["kappa"] is None
+
+
+def test_columns_that_are_left_out_or_not_used_are_listed(csr: Call, folder: Path) -> None:
+    chosen = "Nodule/Mass,Cardiomegaly,Edema"
+    document = checked(csr, "--concept-columns", chosen, "--min-positives", "1")
+    assert document["notes"]["unused_columns"] == ["Everywhere", "Twin"]
+    assert document["notes"]["dropped"] == {"Edema": 0}
+    assert not column(document, "Edema")["kept"]
+    assert column(document, "Cardiomegaly")["kept"]
+
+
+def test_boxes_are_compared_with_labels(csr: Call, boxes: Path) -> None:
+    document = checked(csr, *BOXES)
+    found = document["boxes"]["train"]
+    assert (found["rows"], found["nothing"], found["of_targets"]) == (7, 1, 1)
+    assert (found["other_images"], found["out_of_range"]) == (1, 1)
+    assert found["unknown_names"] == {"Tumour": 1}
+    assert found["box_without_label"] == {"Nodule/Mass": 1}
+    assert found["label_without_box"]["Nodule/Mass"] == 8
+    assert document["boxes"]["test"]["label_without_box"]["Nodule/Mass"] == 1
+
+
+def test_people_get_tables(csr: Call, boxes: Path) -> None:
+    code, out, err = csr("check-data", *BOXES, "--quiet")
+    assert code == 0, err
+    for words in ("Images", "Positives", "all 0", "equals a target", "out of range", "Tumour 1"):
+        assert words in out
+    assert "empty cells taken for 0 (train)" in out
+    assert "Edema 20" in out
+
+
+def test_all_problems_are_listed_at_once(csr: Call, boxes: Path) -> None:
+    (boxes / "train/train4.png").unlink()
+    (boxes / "train/train7.png").unlink()
+    (boxes / "test/test1.png").write_text("no image")
+    text = (boxes / "boxes_test.csv").read_text()
+    (boxes / "boxes_test.csv").write_text(text.replace("20,10,40,20", "20,10,forty,20", 1))
+    words = (*BOXES, "--images", "--balance-no-finding", "0.1", "--target-columns", "Pneumonia")
+    code, out, err = csr("check-data", *words, "--quiet", "--json")
+    assert code == 2
+    document = json.loads(out)
+    assert document["missing_images"] == {"train": ["train4", "train7"], "test": []}
+    assert len(document["unreadable_images"]["test"]) == 1
+    problems = document["problems"]
+    for part in (
+        "lacks 2 of 20 images: train4, train7",
+        "test: 1 of 6 images cannot be read: test/test1.png",
+        "'forty', expected a number",
+        "there is no target 'No finding'",
+    ):
+        assert any(part in line for line in problems), (part, problems)
+    assert len(problems) == 4
+    assert err.startswith("error: 4 problems to solve before training\n")
+    assert all(line in err for line in problems)
+
+
+def test_unreadable_images_are_not_looked_for_unless_asked(csr: Call, folder: Path) -> None:
+    (folder / "test/test1.png").write_text("no image")
+    assert checked(csr)["problems"] == []
+    document = checked(csr, "--images", code=2)
+    assert "test1.png" in document["unreadable_images"]["test"][0]
+
+
+def test_missing_tables_are_both_named(csr: Call, isolated: Path) -> None:
+    document = checked(csr, code=2)
+    assert len(document["problems"]) == 2
+    assert (document["images"], document["columns"]) == ({}, [])
+    code, out, err = csr("check-data")
+    assert (code, out) == (2, "")
+    assert "labels_train.csv" in err
+    assert "labels_test.csv" in err
+
+
+def test_a_table_that_cannot_be_divided_is_a_problem(csr: Call, folder: Path) -> None:
+    lines = (folder / "labels_train.csv").read_text().splitlines()
+    write(folder / "labels_train.csv", *lines[:3])
+    document = checked(csr, code=2)
+    assert document["images"] == {"train": 1}
+    assert "for validation is none" in document["problems"][0]
+
+
+def test_glyphs_need_no_files(csr: Call, isolated: Path) -> None:
+    document = checked(csr, "--dataset", "synthetic", "--set", "data.synthetic_images=30")
+    assert document["images"] == {"train": 27, "val": 3, "test": 10}
+    assert list(isolated.iterdir()) == []
+
+
+def test_isic_tables_need_no_columns_named(csr: Call, isolated: Path) -> None:
+    for part, count in (("train", 20), ("test", 3)):
+        (isolated / part).mkdir()
+        lines = ["image,age,milia_like_cyst,pigment_network,negative_network,streaks,diagnosis"]
+        for number in range(count):
+            name = f"ISIC_{number:07d}"
+            Image.new("RGB", (20, 20), (number, 0, 0)).save(isolated / part / f"{name}.jpg")
+            lines.append(f"{name},{30 + number},{number % 2},1,0,0,{'abc'[number % 3]}")
+        write(isolated / f"labels_{part}.csv", *lines)
+    words = ("--dataset", "isic", "--task-mode", "multiclass", "--set", "task.loss=ce")
+    document = checked(csr, *words, "--images")
+    names = [(one["name"], one["role"]) for one in document["columns"]]
+    concepts = ("milia_like_cyst", "pigment_network", "negative_network", "streaks")
+    assert names == [
+        *((name, "concept") for name in concepts),
+        *((name, "target") for name in "abc"),
+    ]
+    assert document["notes"]["unused_columns"] == ["age"]
+    assert document["notes"]["class_column"] == "diagnosis"
+    assert column(document, "c")["positives"]["test"] == 1
+
+
+def test_tables_of_ones_own_may_call_their_columns_anything(csr: Call, folder: Path) -> None:
+    for part in ("train", "test"):
+        text = (folder / f"labels_{part}.csv").read_text()
+        (folder / f"labels_{part}.csv").write_text(text.replace("image_id", "file", 1))
+    assert "no column 'image_id'" in checked(csr, code=2)["problems"][0]
+    assert checked(csr, "--image-column", "file")["images"]["test"] == 6
