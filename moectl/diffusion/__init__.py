@@ -1,0 +1,1 @@
+"""Images from noise, by a U-Net of convolutional experts."""

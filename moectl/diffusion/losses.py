@@ -1,0 +1,95 @@
+"""Losses of the noise and of the routers' balance.
+
+Letters: B images, E experts, K chosen experts, T diffusion steps.
+"""
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+Balance = Literal["switch", "variance", "none"]
+Weight = Literal["none", "min_snr"]
+Prediction = Literal["epsilon", "v_prediction"]
+
+
+class Load(NamedTuple):
+    """How the experts of one block share the images."""
+
+    shares: Tensor
+    """(E,) of the assignments; they sum to 1."""
+    largest: Tensor
+    """Largest share times E: 1 when all are equal, E / K when K take all."""
+    entropy: Tensor
+    """Of the shares, over log E: 1 when all are equal."""
+
+
+def shares(logits: Tensor, k_active: int) -> Tensor:
+    """Share of the B K assignments that each expert gets, (E,), without a gradient."""
+    chosen = logits.detach().topk(k_active, dim=1).indices
+    hot = torch.zeros_like(logits).scatter_(1, chosen, 1.0)
+    return hot.sum(0) / (len(logits) * k_active)
+
+
+def load(share: Tensor) -> Load:
+    """Describe shares (E,)."""
+    experts = len(share)
+    entropy = -torch.special.xlogy(share, share).sum()
+    return Load(share, share.max() * experts, entropy / torch.log(share.new_tensor(float(experts))))
+
+
+def switch_balance(logits: Tensor, share: Tensor) -> Tensor:
+    """E times the sum of an expert's share and its mean probability; 1 at the least.
+
+    Args:
+        logits: (B, E) of one block.
+        share: (E,), see `shares`; of the whole batch where that is cut or dealt out.
+
+    Source: Fedus et al. 2022.
+    """
+    return logits.shape[1] * (share * logits.float().softmax(1).mean(0)).sum()
+
+
+def variance_balance(logits: Tensor) -> Tensor:
+    """Mean over images of the variance of an image's probabilities, as the original has it.
+
+    It pushes every image to all experts alike, whatever their load. At most 1 / E.
+    """
+    return logits.float().softmax(1).var(1).mean()
+
+
+def balance_loss(
+    logits: Sequence[Tensor], kind: Balance, shares_of: Sequence[Tensor]
+) -> Tensor | None:
+    """Mean over blocks of the balance of their routers; None without any block of experts.
+
+    Args:
+        logits: (B, E) of each block.
+        kind: which.
+        shares_of: (E,) of each block.
+    """
+    if not logits or kind == "none":
+        return None
+    if kind == "variance":
+        return torch.stack([variance_balance(one) for one in logits]).mean()
+    pairs = zip(logits, shares_of, strict=True)
+    return torch.stack([switch_balance(one, share) for one, share in pairs]).mean()
+
+
+def loss_weights(alphas: Tensor, kind: Weight, prediction: Prediction, gamma: float = 5) -> Tensor:
+    """Weight of the squared error at each step, (T,).
+
+    Args:
+        alphas: (T,) cumulative products, see `process`.
+        kind: "min_snr" lets easy steps count no more than those of signal-to-noise ratio gamma.
+        prediction: what the network predicts.
+        gamma: of "min_snr".
+
+    Source: Hang et al. 2023.
+    """
+    if kind == "none":
+        return torch.ones_like(alphas)
+    ratio = alphas / (1 - alphas)
+    below = ratio.clamp(max=gamma)
+    return below / ratio if prediction == "epsilon" else below / (ratio + 1)

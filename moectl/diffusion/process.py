@@ -1,0 +1,79 @@
+"""The diffusion process: from an image to noise, step by step.
+
+Letters: B images, T steps. Alphas are cumulative products of 1 - beta, (T,).
+"""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from moectl.diffusion.losses import Prediction
+
+Schedule = Literal["linear", "cosine"]
+
+_LINEAR = (1e-4, 0.02)
+_OFFSET, _LARGEST = 0.008, 0.999
+
+
+def betas(schedule: Schedule, steps: int) -> Tensor:
+    """Variance that each step adds, (T,) float64.
+
+    Sources: Ho et al. 2020 (linear); Nichol and Dhariwal 2021 (cosine).
+    """
+    if schedule == "linear":
+        return torch.linspace(*_LINEAR, steps, dtype=torch.float64)
+    places = torch.arange(steps + 1, dtype=torch.float64) / steps
+    curve = ((places + _OFFSET) / (1 + _OFFSET) * math.pi / 2).cos().square()
+    return (1 - curve[1:] / curve[:-1]).clamp(max=_LARGEST)
+
+
+class GaussianDiffusion(nn.Module):
+    """Noise images, and say what a network should predict.
+
+    Args:
+        schedule: of the variances.
+        steps: T.
+        prediction: the noise, or the velocity v.
+    """
+
+    alphas: Tensor
+
+    def __init__(
+        self,
+        schedule: Schedule = "linear",
+        steps: int = 1000,
+        prediction: Prediction = "epsilon",
+    ) -> None:
+        super().__init__()
+        self.steps, self.prediction = steps, prediction
+        alphas = (1 - betas(schedule, steps)).cumprod(0)
+        self.register_buffer("alphas", alphas.float(), persistent=False)
+
+    def _at(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the factors of image and noise at steps (B,), (B, 1, 1, 1)."""
+        alphas = self.alphas[t].view(-1, *[1] * (like.ndim - 1)).to(like)
+        return alphas.sqrt(), (1 - alphas).sqrt()
+
+    def add_noise(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """Return images (B, …) after steps (B,) with that noise."""
+        signal, rest = self._at(t, x0)
+        return signal * x0 + rest * noise
+
+    def target(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """Return what the network should predict.
+
+        Source: Salimans and Ho 2022 (v).
+        """
+        if self.prediction == "epsilon":
+            return noise
+        signal, rest = self._at(t, x0)
+        return signal * noise - rest * x0
+
+    def clean(self, x: Tensor, t: Tensor, predicted: Tensor) -> Tensor:
+        """Return the image that a prediction for noised images x stands for."""
+        signal, rest = self._at(t, x)
+        if self.prediction == "epsilon":
+            return (x - rest * predicted) / signal
+        return signal * x - rest * predicted
