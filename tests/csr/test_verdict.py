@@ -45,9 +45,7 @@ def by_hand(name: str, logits: Tensor, targets: Tensor) -> Tensor:
             return losses.focal(logits, targets, None, 2.0, weights)
 
 
-@pytest.mark.parametrize(
-    "name", ["bce", "bce_pos_weight", "focal", "asymmetric", "class_balanced"]
-)
+@pytest.mark.parametrize("name", ["bce", "bce_pos_weight", "focal", "asymmetric", "class_balanced"])
 def test_a_loss_of_several_targets_is_what_it_is_called(name: str) -> None:
     logits, targets = draw()
     found = task_loss(section(name), logits, targets, COUNTS, IMAGES)
