@@ -21,6 +21,7 @@ from moectl.csr.localisation import out_of_box_rates
 from moectl.csr.losses import present_pairs
 from moectl.csr.oracle import compare
 from moectl.csr.prototypes import wins
+from moectl.csr.report import report_again
 from moectl.engine import console
 from moectl.engine.command import Request
 from moectl.engine.errors import UserError
@@ -97,6 +98,7 @@ def run_atlas(request: Request, top: int) -> "tuple[dict[str, Any], Table]":
             flags = kept.flatten().tolist()
             chosen = [{**row, "keep": keep} for row, keep in zip(rows, flags, strict=True)]
             curation.write(path, chosen, network)
+        report_again(opened.folder)
     _tell(opened, rows)
     places = {"folder": str(opened.folder), "sheets": sheets, "curation": str(path)}
     return {**places, **document}, _table(rows)

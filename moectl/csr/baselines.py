@@ -15,6 +15,7 @@ from moectl.csr.data import Part
 from moectl.csr.eval import measure_task
 from moectl.csr.inference import Opened, open_network
 from moectl.csr.metrics import tune_thresholds
+from moectl.csr.report import report_again
 from moectl.csr.verdict import monitor, task_loss, task_scores
 from moectl.engine import console
 from moectl.engine.command import Request
@@ -72,6 +73,7 @@ def run_baselines(request: Request, split: str) -> tuple[dict[str, Any], "Table"
     if opened.accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "baselines.json", document)
+        report_again(opened.folder)
     return {"folder": str(folder), **document}, _table(document)
 
 

@@ -18,6 +18,7 @@ from moectl.csr.inference import outputs
 from moectl.csr.metrics import ranking, tune_thresholds
 from moectl.csr.model import Given, Stage
 from moectl.csr.prototypes import diagnostics, initial, renormalise_, revive
+from moectl.csr.report import report
 from moectl.csr.settings import CsrSettings
 from moectl.csr.stages import STAGES, Training
 from moectl.csr.verdict import Scores, monitor, task_loss, task_scores
@@ -51,8 +52,8 @@ def train(
                 train_prototypes(training)
             case "task":
                 train_task(training)
-    training.model.freeze(None)
-    training.model.eval()
+    if run.is_main:
+        report(run.folder)
 
 
 def train_concepts(training: Training) -> None:

@@ -45,7 +45,7 @@ def task_loss(
         case "asymmetric":
             return losses.asymmetric(logits, targets, 4.0, 1.0, 0.05)
         case "class_balanced":
-            weights = losses.class_balanced_weights(counts.clamp(min=1))
+            weights = losses.class_balanced_weights(counts)
             return losses.focal(logits, targets, None, 2.0, weights)
         case "bce_pos_weight":
             return losses.concept_bce(logits, targets, losses.pos_weights(counts, images))

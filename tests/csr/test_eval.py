@@ -205,7 +205,7 @@ def test_curation_takes_prototypes_their_say(csr: Call, run: Path, written: Any)
     ]
     curation.write(run / "mine.toml", rows, curation.fingerprint(opened.model))
     document = document_of(csr, "--run", str(run), "--curation", str(run / "mine.toml"))
-    assert document["folder"] == str(run / f"{TEST}-mine")
+    assert document["folder"] == str(run / f"{TEST}-curated-mine")
     assert document["prototypes"]["kept"] == 14
     assert document["concepts"] == written["concepts"]
     part = opened.part("test")

@@ -1,4 +1,4 @@
-"""A mark in the corner that comes with one concept: the atlas finds it, curation mends it."""
+"""A mark that comes with one concept: the atlas finds it, curation mends it."""
 
 from pathlib import Path
 from types import SimpleNamespace
