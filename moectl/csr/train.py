@@ -142,8 +142,15 @@ def train_prototypes(training: Training) -> None:
                 training.save("best_model_stage2.pth", "prototype", epoch, scores)
             if epoch % 5 == 0 or epoch == epochs or loop.patience_ends:
                 training.save(f"model_stage2_epoch{epoch}.pth", "prototype", epoch, scores)
+                _warn_of_collapse(scores)
     if not epochs:
         training.save("model_stage2_epoch0.pth", "prototype", 0, {})
+
+
+def _warn_of_collapse(scores: Scores) -> None:
+    within = scores["val/within_mean"]
+    if within is not None and within > 0.8:
+        log.warning("the prototypes of a concept are nearly one (mean cosine %.2f)", within)
 
 
 def _prototype_loss(
@@ -199,10 +206,6 @@ def _prototype_scores(training: Training) -> Scores:
     vectors, concepts = _pairs(training, training.data.val)
     prototypes = training.model.prototype_vectors.detach().cpu()
     found = diagnostics(prototypes, vectors, concepts)
-    if found.within_mean > 0.8:
-        log.warning(
-            "the prototypes of a concept are nearly one (mean cosine %.2f)", found.within_mean
-        )
     loss = _prototype_loss(training.settings.prototype, vectors, concepts, prototypes, None)
     shares = [share for share in found.top_shares if share == share]
     values = {
