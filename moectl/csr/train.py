@@ -21,7 +21,7 @@ from moectl.csr.prototypes import diagnostics, initial, renormalise_, revive
 from moectl.csr.report import report
 from moectl.csr.settings import CsrSettings
 from moectl.csr.stages import STAGES, Training
-from moectl.csr.verdict import Scores, monitor, task_loss, task_scores
+from moectl.csr.verdict import Scores, monitor_of, task_loss, task_scores
 from moectl.engine.loop import Loop
 from moectl.engine.run import Run
 from moectl.engine.seeding import key
@@ -117,7 +117,10 @@ def train_prototypes(training: Training) -> None:
     section, epochs = settings.prototype, settings.train.epochs_stage2
     factors = dict.fromkeys(("projector", "prototypes"), section.lr_factor)
     source, given = training.shown()
-    loop = training.loop("prototype", source, factors, epochs, "val/assignment_accuracy")
+    # Where the last epoch counts anyway, the best ones need no checkpoints.
+    watched = settings.task.start == "best" or settings.train.patience
+    monitor = "val/assignment_accuracy" if watched else ""
+    loop = training.loop("prototype", source, factors, epochs, monitor)
     if loop.update == 0 and section.init != "random":
         _place(training)
     truth = data.train.concepts.to(training.run.device)
@@ -234,7 +237,9 @@ def train_task(training: Training) -> None:
         inputs = seen.amax(2) if model.task_input == "max" else seen.flatten(1)
         model.set_task_norm(inputs.mean(0).to(model.task_mean), inputs.std(0).to(model.task_std))
     source, given = _verdict_source(training, seen)
-    loop = training.loop("task", source, {"task_head": section.lr_factor}, epochs, monitor(several))
+    loop = training.loop(
+        "task", source, {"task_head": section.lr_factor}, epochs, monitor_of(several)
+    )
     truth = data.train.targets.to(training.run.device)
     counts = truth.sum(0) if several else truth.bincount(minlength=len(data.targets))
     known = statistics_to_plain(statistics(seen, data.train.concepts))

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 Scores = dict[str, float | None]
 
 
-def monitor(several: bool) -> str:
+def monitor_of(several: bool) -> str:
     """Name the score that chooses the best epoch, by whether images may have several classes."""
     return "val/task_auroc" if several else "val/macro_f1"
 
