@@ -107,7 +107,11 @@ def room_files(*names: str) -> list[Path]:
     return [path for path in found if path.exists()]
 
 
-@pytest.mark.parametrize("path", room_files("model", "losses"), ids=ids)
+PARTS = ("taus", "model", "projector")
+"""Files of a room that its models and losses may build on, and that are as plain as these."""
+
+
+@pytest.mark.parametrize("path", room_files("losses", *PARTS), ids=ids)
 def test_models_and_losses_know_tensors_only(path: Path) -> None:
     import sys
 
@@ -116,7 +120,8 @@ def test_models_and_losses_know_tensors_only(path: Path) -> None:
         assert first in {"torch", "numpy", "moectl"} | sys.stdlib_module_names, module
         if first == "moectl":
             own = module_name(path).rpartition(".")[0]
-            fine = module.startswith(("moectl.common.", f"{own}.taus", f"{own}.model"))
+            parts = tuple(f"{own}.{part}." for part in PARTS)
+            fine = f"{module}.".startswith(("moectl.common.", *parts))
             assert fine, f"{module}: models and losses take plain numbers"
 
 

@@ -106,7 +106,8 @@ def function_of(room: str, command: str) -> Any:
     module = importlib.import_module(
         f"moectl.tools.{room}" if room in _TOOLS else f"moectl.{room}.cli"
     )
-    return getattr(module, command, None) or getattr(module, f"{command}_")
+    plain = command.replace("-", "_")
+    return getattr(module, plain, None) or getattr(module, f"{plain}_")
 
 
 @pytest.mark.parametrize(("room", "command"), LEAVES)

@@ -21,6 +21,7 @@ from moectl.csr.localisation import out_of_box_rates
 from moectl.csr.losses import present_pairs
 from moectl.csr.oracle import compare
 from moectl.csr.prototypes import wins
+from moectl.csr.report import report_again
 from moectl.engine import console
 from moectl.engine.command import Request
 from moectl.engine.errors import UserError
@@ -97,6 +98,7 @@ def run_atlas(request: Request, top: int) -> "tuple[dict[str, Any], Table]":
             flags = kept.flatten().tolist()
             chosen = [{**row, "keep": keep} for row, keep in zip(rows, flags, strict=True)]
             curation.write(path, chosen, network)
+        report_again(opened.folder)
     _tell(opened, rows)
     places = {"folder": str(opened.folder), "sheets": sheets, "curation": str(path)}
     return {**places, **document}, _table(rows)
@@ -122,7 +124,9 @@ def read_atlas(folder: Path) -> dict[str, Any] | None:
 def _prototypes(opened: Opened, kept: Tensor, top: int) -> tuple[list[dict[str, Any]], list[str]]:
     """Describe every prototype, and draw the sheets of each concept; return their paths as well."""
     part, model = opened.data.train, opened.model
-    vectors, own = present_pairs(opened.outputs(part, ("local_vectors",)).local_vectors, part.concepts)
+    vectors, own = present_pairs(
+        opened.outputs(part, ("local_vectors",)).local_vectors, part.concepts
+    )
     prototypes = model.prototype_vectors.detach().cpu()
     hits = wins(prototypes, vectors, own)
     reliance = _reliance(opened)
@@ -180,7 +184,7 @@ def looks(opened: Opened, part: Part, concept: int, rows: Tensor) -> Looks:
     maps = torch.zeros(*rows.shape, height, width)
     images: dict[int, NDArray[np.uint8]] = {}
     mean, deviation = (torch.tensor(one)[:, None, None] for one in opened.facts["statistics"])
-    for pixels, places in _batches(opened, part, rows.unique().tolist()):
+    for pixels, places in _batches(opened, part, sorted(set(rows.flatten().tolist()))):
         found = opened.ask(pixels, ("similarity_maps",)).similarity_maps[:, concept]
         for place, image, own in zip(places, pixels.cpu(), found, strict=True):
             images[place] = contact_sheets.thumbnail(image * deviation + mean)
@@ -209,7 +213,9 @@ def _outside(
     rates = out_of_box_rates(maps, torch.full((len(rows),), concept), boxes)
     boxed = [sum(any(box[0] == concept for box in image) for image in own) for own in boxes]
     return [
-        (rate, rate is not None and rate > _SUSPECT and count >= _ENOUGH)
+        (None, False)
+        if rate is None
+        else (round(rate, 9), rate > _SUSPECT and count >= _ENOUGH)  # 1 - 0.8 is not quite 0.2
         for rate, count in zip(rates, boxed, strict=True)
     ]
 

@@ -15,7 +15,8 @@ from moectl.csr.data import Part
 from moectl.csr.eval import measure_task
 from moectl.csr.inference import Opened, open_network
 from moectl.csr.metrics import tune_thresholds
-from moectl.csr.verdict import monitor, task_loss, task_scores
+from moectl.csr.report import report_again
+from moectl.csr.verdict import monitor_of, task_loss, task_scores
 from moectl.engine import console
 from moectl.engine.command import Request
 from moectl.engine.files import write_json
@@ -72,6 +73,7 @@ def run_baselines(request: Request, split: str) -> tuple[dict[str, Any], "Table"
     if opened.accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "baselines.json", document)
+        report_again(opened.folder)
     return {"folder": str(folder), **document}, _table(document)
 
 
@@ -127,7 +129,7 @@ def fit(opened: Opened, inputs: Mapping[str, Tensor]) -> nn.Linear:
             optimizer.step()
         with torch.no_grad():
             scores = task_scores(head(inputs["val"]), data.val, data.targets)
-        score = scores[monitor(opened.multilabel)]
+        score = scores[monitor_of(opened.multilabel)]
         if score is not None and score > best:
             best, kept = score, {name: one.clone() for name, one in head.state_dict().items()}
     head.load_state_dict(kept)

@@ -100,7 +100,7 @@ def learning_curves(
         axes = new_axes(figure, (height, 2, place), title=title, x_label="epoch", y_label=label)
         _draw_panel(axes, stages[stage], curves, marked.get(stage))
         if label == _COUNT:
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
     write_png(figure, path)
 
 

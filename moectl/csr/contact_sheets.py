@@ -110,7 +110,7 @@ def _write_words(axes: "Axes", top: float, prototype: Mapping[str, Any], keep: b
     outside, reliance = prototype["out_of_box"], prototype["reliance"]
     write(0, f"prototype {prototype['index']}", INK, fontsize=9.5, weight="bold")
     small = {"fontsize": 8.5}
-    write(1, f"{prototype['hits']} hits", _MUTED, **small)
+    write(1, f"hits {prototype['hits']}", _MUTED, **small)
     if outside is not None:
         write(2, f"{100 * outside:.0f} % out of box", _MUTED, **small)
     if reliance is not None:

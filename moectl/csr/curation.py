@@ -32,7 +32,7 @@ _INTRODUCTION = """\
 # Set keep = false for a prototype that should have no say, then train the verdict again:
 #     moectl csr train --stage task --from RUN --curation THIS_FILE
 # hits: training images that it is nearest to. out_of_box: share of its exemplars on which it looks
-# outside of the boxes of its concept. reliance: macro-F1 that is lost without it, validation images.
+# outside of the boxes of its concept. reliance: macro-F1 of validation images lost without it.
 """
 
 
@@ -61,7 +61,9 @@ def write(path: Path, rows: Iterable[Mapping[str, Any]], network: str = "") -> N
     for row in rows:
         known = {name: row.get(name) for name in _READ + _HELP}
         table = tomli_w.dumps({name: one for name, one in known.items() if one is not None})
-        remark = "# It mostly looks outside of the boxes: a shortcut?\n" if row.get("suspect") else ""
+        remark = (
+            "# It mostly looks outside of the boxes: a shortcut?\n" if row.get("suspect") else ""
+        )
         parts.append(f"{remark}[[prototypes]]\n{table}")
     write_text(path, "\n".join(parts))
 
@@ -93,7 +95,9 @@ def read(path: Path, concepts: Sequence[str], prototypes: int, network: str = ""
         seen.add((concept, index))
         kept[concept, index] = keep
     if not kept.any():
-        raise UserError(f"{path}: keeps no prototype at all, expected at least one with keep = true")
+        raise UserError(
+            f"{path}: keeps no prototype at all, expected at least one with keep = true"
+        )
     written_for = document.get("network") or network
     if network and written_for != network and not kept.all():
         raise UserError(

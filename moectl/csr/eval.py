@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moectl.csr.curation import fingerprint
 from moectl.csr.curation import read as read_curation
 from moectl.csr.data import Part
 from moectl.csr.inference import Answers, Opened, open_network
@@ -40,9 +41,9 @@ def run_eval(
     opened = open_network(request)
     tag = opened.tag
     if curation:
-        kept = read_curation(curation, opened.concepts, opened.model.num_prototypes)
-        opened.model.kept.copy_(kept)
-        tag = f"{tag}-{curation.stem}"
+        sizes = (opened.concepts, opened.model.num_prototypes)
+        opened.model.kept.copy_(read_curation(curation, *sizes, fingerprint(opened.model)))
+        tag = f"{tag}-curated-{curation.stem}"
     part = opened.part(split)
     held = opened.answers(opened.data.val)
     answers = held if split == "val" else opened.answers(part)
@@ -121,7 +122,10 @@ def _predictions(opened: Opened, part: Part, answers: Answers) -> list[dict[str,
     several = part.targets.ndim == 2
     chances = answers.logits.sigmoid() if several else answers.logits.softmax(1)
     columns = torch.cat([chances, answers.concept_logits.sigmoid()], 1).tolist()
-    names = [*opened.data.targets, *opened.data.concepts]
+    targets = opened.data.targets
+    # A concept may be called as a target is.
+    concepts = [f"concept {name}" if name in targets else name for name in opened.data.concepts]
+    names = [*targets, *concepts]
     return [
         {
             "image_id": image,

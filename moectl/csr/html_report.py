@@ -46,8 +46,8 @@ table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabul
 th, td { padding: .3rem .6rem; border-bottom: 1px solid #e3e3e3; vertical-align: top; }
 th { text-align: left; font-weight: 600; }
 thead th { vertical-align: bottom; min-width: 3.5rem; overflow-wrap: normal; }
-tbody th { position: sticky; left: 0; background: #fff; font-weight: 400; max-width: min(14rem, 40vw);
-  overflow-wrap: break-word; }
+tbody th { position: sticky; left: 0; background: #fff; font-weight: 400;
+  max-width: min(14rem, 40vw); overflow-wrap: break-word; }
 .numbers td, .numbers thead th:not(:first-child) { text-align: right; white-space: nowrap; }
 .numbers thead th:not(:first-child) { white-space: normal; overflow-wrap: normal; }
 figure { margin: 1rem 0; }

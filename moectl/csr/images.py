@@ -5,7 +5,9 @@ Legend: H W pixels.
 
 import io
 import multiprocessing
+import os
 import struct
+import threading
 import warnings
 import zlib
 from concurrent.futures import ProcessPoolExecutor
@@ -266,13 +268,25 @@ def _all_done(jobs: "Sequence[_Job]", workers: int) -> "Iterator[_Done]":
         return
     # Spawned, not forked: the threads of torch do not survive a fork.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(min(workers, len(jobs)), context)
+    pool = ProcessPoolExecutor(min(workers, len(jobs)), context, _end_with_parent)
     try:
         yield from pool.map(_work, jobs, chunksize=8)
     except BrokenProcessPool:
         raise RunFailed("a process that read images was killed, perhaps for its memory") from None
     finally:
         pool.shutdown(cancel_futures=True)  # else Ctrl-C would wait for all that is queued
+
+
+def _end_with_parent() -> None:
+    """Let a worker not wait forever for a parent that was killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _work(job: _Job) -> _Done:

@@ -10,12 +10,12 @@ from typing import Any
 
 from torch import Tensor
 
-from moectl import __version__
 from moectl.csr.backbones import rebuild_backbone
 from moectl.csr.convert import load_original, network_weights, original_arguments
 from moectl.csr.data import load
 from moectl.csr.model import CSRNet
 from moectl.csr.settings import CsrSettings
+from moectl.csr.stages import facts_of
 from moectl.engine import artefact
 from moectl.engine.errors import UserError
 from moectl.engine.run import Run
@@ -113,17 +113,7 @@ def write_original(original: Original, run: Run[CsrSettings]) -> dict[str, Any]:
                 f" {len(names)}: {', '.join(names)}",
                 f"name those that it was trained with, in their order: data.{what[:-1]}_columns",
             )
-    facts = {
-        "model": "CSRNet",
-        "stage": "task",
-        "backbone": model.backbone.arguments,
-        "arguments": settings.model.model_dump(),
-        "concepts": data.concepts,
-        "targets": data.targets,
-        "statistics": data.statistics,
-        "scores": {},
-        "moectl": __version__,
-    }
+    facts = {**facts_of(settings, data, model, "task"), "scores": {}}
     run.note(parents=[{"path": str(original.path), "sha256": original.sha256}])
     run.save_weights(FILE, model.state_dict(), facts, epoch=0, best=True)
     used = original.tensors - len(original.left_out)

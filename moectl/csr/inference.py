@@ -197,7 +197,7 @@ def gather(
     """Return several things for all samples of a source, each (N, …) float32 on the CPU.
 
     Args:
-        forward: from a batch of samples to the same number of tensors (B, …) every time.
+        forward: from a batch of samples to the same number of tensors (B, …, n) every time.
         source: whose samples are tensors, or tuples that begin with them.
         accelerator: devices and processes.
         batch_size: samples per forward pass.

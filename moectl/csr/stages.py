@@ -15,8 +15,9 @@ from torch import Tensor
 from moectl import __version__
 from moectl.csr.backbones import build_backbone
 from moectl.csr.cache import FeatureSource, features_of
+from moectl.csr.curation import fingerprint
 from moectl.csr.curation import read as read_curation
-from moectl.csr.data import Part, load
+from moectl.csr.data import Data, Part, load
 from moectl.csr.inference import last_prototypes, outputs
 from moectl.csr.model import CSRNet, Given, Need, Output, Stage
 from moectl.csr.settings import CsrSettings
@@ -205,18 +206,8 @@ class Training:
         **more: Any,
     ) -> None:
         """Write weights under the name that the original gives them."""
-        facts = {
-            "model": "CSRNet",
-            "stage": stage,
-            "backbone": self.model.backbone.arguments,
-            "arguments": self.settings.model.model_dump(),
-            "concepts": self.data.concepts,
-            "targets": self.data.targets,
-            "statistics": self.data.statistics,
-            "scores": dict(scores),
-            "moectl": __version__,
-            **more,
-        }
+        facts = {**facts_of(self.settings, self.data, self.model, stage), "scores": dict(scores)}
+        facts |= more
         self.run.save_weights(name, self.model.state_dict(), facts, epoch=epoch, best=best)
 
     def hand_over(self, stage: Stage, start: str = "") -> None:
@@ -287,13 +278,28 @@ class Training:
             except (OSError, UnicodeDecodeError) as error:
                 raise UserError(f"{path}: cannot be read ({error})") from None
         self.run.accelerator.wait_for_everyone()
-        kept = read_curation(own, self.data.concepts, self.model.num_prototypes)
+        sizes = (self.data.concepts, self.model.num_prototypes)
+        kept = read_curation(own, *sizes, fingerprint(self.model))
         self.model.kept.copy_(kept)
         log.info("%d of %d prototypes have a say", int(kept.sum()), kept.numel())
 
 
 def _parts(state: Mapping[str, Tensor], names: tuple[str, ...]) -> dict[str, Tensor]:
     return {name: value for name, value in state.items() if name.split(".")[0] in names}
+
+
+def facts_of(settings: CsrSettings, data: Data, model: CSRNet, stage: Stage) -> dict[str, Any]:
+    """Return what rebuilds a network, for the sidecar of its weights."""
+    return {
+        "model": "CSRNet",
+        "stage": stage,
+        "backbone": model.backbone.arguments,
+        "arguments": settings.model.model_dump(),
+        "concepts": data.concepts,
+        "targets": data.targets,
+        "statistics": data.statistics,
+        "moectl": __version__,
+    }
 
 
 def predecessor(folder: Path, stage: Stage, pick: str = "last") -> Path | None:

@@ -19,6 +19,7 @@ from moectl.csr.edits import MODES, Head, Mode, Statistics, contributions, edite
 from moectl.csr.inference import Opened, open_network
 from moectl.csr.losses import Box
 from moectl.csr.oracle import Cases, Order, compare, curve, oracle
+from moectl.csr.report import report_again
 from moectl.engine import console
 from moectl.engine.command import Request
 from moectl.engine.errors import UserError
@@ -90,6 +91,7 @@ def run_study(
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "study.json", document)
         draw(folder / "study.png", document["curves"])
+        report_again(opened.folder)
     return {"folder": str(folder), **document}, _table(document)
 
 

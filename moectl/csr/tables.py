@@ -353,7 +353,7 @@ def split(labels: Labels, fraction: float, seed: int, stratify: bool = False) ->
         Positions of the training and of the validation images, ascending.
 
     Raises:
-        UserError: if no image would validate.
+        UserError: if no image would validate, or none train.
     """
     total = len(labels)
     wanted = total - int(total * (1 - fraction) + 1e-9)
@@ -372,8 +372,10 @@ def split(labels: Labels, fraction: float, seed: int, stratify: bool = False) ->
     if not chosen.any():
         raise UserError(
             f"{fraction:g} of {total} images of {len(sizes)} patients for validation is none",
-            "raise data.val_fraction, or give a validation table",
+            "raise data.val_fraction",
         )
+    if chosen.all():
+        raise UserError(f"{fraction:g} of {total} images for validation leaves none to train")
     return np.flatnonzero(~chosen[owner]), np.flatnonzero(chosen[owner])
 
 

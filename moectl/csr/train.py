@@ -18,9 +18,10 @@ from moectl.csr.inference import outputs
 from moectl.csr.metrics import ranking, tune_thresholds
 from moectl.csr.model import Given, Stage
 from moectl.csr.prototypes import diagnostics, initial, renormalise_, revive
+from moectl.csr.report import report
 from moectl.csr.settings import CsrSettings
 from moectl.csr.stages import STAGES, Training
-from moectl.csr.verdict import Scores, monitor, task_loss, task_scores
+from moectl.csr.verdict import Scores, monitor_of, task_loss, task_scores
 from moectl.engine.loop import Loop
 from moectl.engine.run import Run
 from moectl.engine.seeding import key
@@ -51,8 +52,8 @@ def train(
                 train_prototypes(training)
             case "task":
                 train_task(training)
-    training.model.freeze(None)
-    training.model.eval()
+    if run.is_main:
+        report(run.folder)
 
 
 def train_concepts(training: Training) -> None:
@@ -116,7 +117,10 @@ def train_prototypes(training: Training) -> None:
     section, epochs = settings.prototype, settings.train.epochs_stage2
     factors = dict.fromkeys(("projector", "prototypes"), section.lr_factor)
     source, given = training.shown()
-    loop = training.loop("prototype", source, factors, epochs, "val/assignment_accuracy")
+    # Where the last epoch counts anyway, the best ones need no checkpoints.
+    watched = settings.task.start == "best" or settings.train.patience
+    monitor = "val/assignment_accuracy" if watched else ""
+    loop = training.loop("prototype", source, factors, epochs, monitor)
     if loop.update == 0 and section.init != "random":
         _place(training)
     truth = data.train.concepts.to(training.run.device)
@@ -141,8 +145,15 @@ def train_prototypes(training: Training) -> None:
                 training.save("best_model_stage2.pth", "prototype", epoch, scores)
             if epoch % 5 == 0 or epoch == epochs or loop.patience_ends:
                 training.save(f"model_stage2_epoch{epoch}.pth", "prototype", epoch, scores)
+                _warn_of_collapse(scores)
     if not epochs:
         training.save("model_stage2_epoch0.pth", "prototype", 0, {})
+
+
+def _warn_of_collapse(scores: Scores) -> None:
+    within = scores["val/within_mean"]
+    if within is not None and within > 0.8:
+        log.warning("the prototypes of a concept are nearly one (mean cosine %.2f)", within)
 
 
 def _prototype_loss(
@@ -198,10 +209,6 @@ def _prototype_scores(training: Training) -> Scores:
     vectors, concepts = _pairs(training, training.data.val)
     prototypes = training.model.prototype_vectors.detach().cpu()
     found = diagnostics(prototypes, vectors, concepts)
-    if found.within_mean > 0.8:
-        log.warning(
-            "the prototypes of a concept are nearly one (mean cosine %.2f)", found.within_mean
-        )
     loss = _prototype_loss(training.settings.prototype, vectors, concepts, prototypes, None)
     shares = [share for share in found.top_shares if share == share]
     values = {
@@ -230,7 +237,9 @@ def train_task(training: Training) -> None:
         inputs = seen.amax(2) if model.task_input == "max" else seen.flatten(1)
         model.set_task_norm(inputs.mean(0).to(model.task_mean), inputs.std(0).to(model.task_std))
     source, given = _verdict_source(training, seen)
-    loop = training.loop("task", source, {"task_head": section.lr_factor}, epochs, monitor(several))
+    loop = training.loop(
+        "task", source, {"task_head": section.lr_factor}, epochs, monitor_of(several)
+    )
     truth = data.train.targets.to(training.run.device)
     counts = truth.sum(0) if several else truth.bincount(minlength=len(data.targets))
     known = statistics_to_plain(statistics(seen, data.train.concepts))

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 Scores = dict[str, float | None]
 
 
-def monitor(several: bool) -> str:
+def monitor_of(several: bool) -> str:
     """Name the score that chooses the best epoch, by whether images may have several classes."""
     return "val/task_auroc" if several else "val/macro_f1"
 
@@ -45,7 +45,7 @@ def task_loss(
         case "asymmetric":
             return losses.asymmetric(logits, targets, 4.0, 1.0, 0.05)
         case "class_balanced":
-            weights = losses.class_balanced_weights(counts.clamp(min=1))
+            weights = losses.class_balanced_weights(counts)
             return losses.focal(logits, targets, None, 2.0, weights)
         case "bce_pos_weight":
             return losses.concept_bce(logits, targets, losses.pos_weights(counts, images))

@@ -1,6 +1,6 @@
 """Stages 2 and 3 from features computed once, against the backbone in every epoch.
 
-python tests/benchmarks/csr_cache.py [--images 300] [--epochs 10] [--size 128]
+python tests/benchmarks/csr_cache.py [--images 900] [--epochs 10] [--size 128] [--batch 32]
 """
 
 import argparse
@@ -33,7 +33,7 @@ def trained(folder: Path, given: dict[str, Any], stages: Any, start: str) -> flo
 def main() -> None:
     """Print seconds, their ratio, and how far the weights are from each other."""
     parser = argparse.ArgumentParser(description=__doc__)
-    for name, default in (("images", 300), ("epochs", 10), ("size", 128)):
+    for name, default in (("images", 900), ("epochs", 10), ("size", 128), ("batch", 32)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--backbone", default="resnet18")
     asked = parser.parse_args()
@@ -47,6 +47,7 @@ def main() -> None:
         "data.workers": 0,
         "model.backbone_type": asked.backbone,
         "model.pretrained": False,
+        "train.batch_size": asked.batch,
         "train.precision": "no",
         "train.tensorboard": False,
         "train.epochs_stage1": 1,

@@ -43,7 +43,9 @@ def copy(made: tuple[Path, Any], tmp_path: Path) -> Path:
 def opened(folder: Path) -> Opened:
     settings = from_toml(CsrSettings, folder / "settings.toml")
     made: Any = {"room": "csr", "command": "atlas", "settings": settings, "origin": {}, "name": "a"}
-    return open_network(Request(**made, cpu=True, out=None, resume="", folder=folder, run=str(folder)))
+    return open_network(
+        Request(**made, cpu=True, out=None, resume="", folder=folder, run=str(folder))
+    )
 
 
 def test_exemplars_are_the_most_similar_training_images_with_the_concept(
@@ -109,7 +111,9 @@ def test_json_is_the_atlas_and_where_it_lies(csr: Call, copy: Path) -> None:
     document = json.loads(out)
     assert document["folder"] == str(copy)
     assert len(document["sheets"]) == 4
-    assert {name: document[name] for name in ("weights", "concepts", "prototypes")} == read_atlas(copy)
+    assert {name: document[name] for name in ("weights", "concepts", "prototypes")} == read_atlas(
+        copy
+    )
     assert all(len(one["exemplars"]) == 2 for one in document["prototypes"])
 
 

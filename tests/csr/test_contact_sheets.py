@@ -34,7 +34,15 @@ def height(path: Path) -> int:
 
 
 def test_names_of_files_are_plain_and_all_different() -> None:
-    concepts = ["Nodule/Mass", "Größe (links)", "nodule mass", "胸水", "気胸", "../x", "nodule_mass_2"]
+    concepts = [
+        "Nodule/Mass",
+        "Größe (links)",
+        "nodule mass",
+        "胸水",
+        "気胸",
+        "../x",
+        "nodule_mass_2",
+    ]
     names = file_names(concepts)
     assert names[:3] == ["nodule_mass", "groe_links", "nodule_mass_2"]
     assert all(re.fullmatch("[a-z0-9_]+", name) for name in names)
@@ -83,7 +91,11 @@ def test_black_images_fade_where_they_are_not_kept(tmp_path: Path) -> None:
 def test_many_prototypes_fill_several_sheets(tmp_path: Path) -> None:
     rows = [prototype(index) for index in range(60)]
     paths = draw(tmp_path / "atlas_ring", rows, [True] * 60, IMAGES)
-    assert [path.name for path in paths] == ["atlas_ring.png", "atlas_ring-2.png", "atlas_ring-3.png"]
+    assert [path.name for path in paths] == [
+        "atlas_ring.png",
+        "atlas_ring-2.png",
+        "atlas_ring-3.png",
+    ]
     heights = [height(path) for path in paths]
     assert heights[0] == heights[1] > 2 * heights[2]
 

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -345,7 +346,9 @@ def test_thresholds_are_those_given_or_the_tuned_ones(run: Path, images: Path) -
 def test_a_threshold_means_nothing_with_one_class_per_image(
     finished_run: Path, images: Path
 ) -> None:
-    wanted = request(finished_run, data__task_mode="multiclass", task__loss="ce")
+    wanted = request(finished_run)
+    data = wanted.settings.data.model_copy(update={"task_mode": "multiclass"})  # type: ignore[attr-defined]
+    wanted = replace(wanted, settings=wanted.settings.model_copy(update={"data": data}))
     with pytest.raises(UserError, match="one target each"):
         run_explain(wanted, Choice((images,), threshold=0.4))
 

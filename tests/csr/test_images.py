@@ -1,9 +1,11 @@
 """Images from files."""
 
+import json
 import multiprocessing
 import os
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -284,3 +286,56 @@ def test_missing_pydicom_is_said_once(save, tmp_path, monkeypatch):
     (tmp_path / "x.dcm").touch()
     with pytest.raises(UserError, match=r"x\.dcm: DICOM files need pydicom"):
         preprocess(tmp_path, tmp_path / "out")
+
+
+def test_command_ends_with_1_if_some_cannot_be_read_and_can_go_on(csr, save, tmp_path):
+    for number in range(3):
+        save(ramp(16), f"{number}.png")
+    (tmp_path / "bad.png").write_text("x")
+    words = ("preprocess", str(tmp_path), "small", "--size", "16", "--bits", "16", "--workers", "1")
+    code, out, err = csr(*words)
+    assert code == 1
+    unreadable, summary = out.splitlines()
+    assert "bad.png: not a readable image" in unreadable
+    assert summary == "3 images written, 0 were there, small/resize_factors.csv"
+    assert err == "error: 1 of 4 images could not be read\n"
+    (tmp_path / "bad.png").unlink()
+    Path("small/1.png").unlink()
+    code, out, err = csr(*words, "--json")
+    assert (code, err) == (0, "")
+    assert json.loads(out) == {
+        "written": 1,
+        "skipped": 2,
+        "unreadable": [],
+        "table": "small/resize_factors.csv",
+    }
+    with Image.open("small/1.png") as image:
+        assert (image.size, image.mode) == ((16, 16), "I;16")
+
+
+@pytest.mark.parametrize("words", ["nowhere out", ". out --bits 12", ". out --size 4", "."])
+def test_command_refuses_what_cannot_be(csr, isolated, words):
+    code, out, _ = csr("preprocess", *words.split())
+    assert (code, out) == (2, "")
+    assert list(isolated.iterdir()) == []
+
+
+def test_workers_of_a_killed_run_end_and_another_run_goes_on(csr, start, save, tmp_path):
+    (tmp_path / "in").mkdir()
+    for number in range(300):
+        save(ramp(16), f"in/{number}.png")
+    words = ("csr", "preprocess", str(tmp_path / "in"), "out", "--size", "224", "--workers", "2")
+    with start(*words) as program:
+        deadline = time.monotonic() + 60
+        while len(list(Path("out").glob("*.png"))) < 10:
+            assert time.monotonic() < deadline
+            assert program.poll() is None
+            time.sleep(0.01)
+        program.kill()
+        program.communicate(timeout=60)  # ends once the workers, too, have closed their stderr
+    before = len(list(Path("out").glob("*.png")))
+    assert not Path("out/resize_factors.csv").exists()
+    code, out, err = csr("preprocess", str(tmp_path / "in"), "out", "--json", "--workers", "1")
+    assert code == 0, err
+    document = json.loads(out)
+    assert (document["skipped"], document["written"]) == (before, 300 - before)

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -16,6 +17,9 @@ from moectl.engine.command import Request
 from moectl.engine.errors import UserError
 from moectl.engine.inference import predict
 from moectl.engine.settings import from_toml
+
+if TYPE_CHECKING:
+    from moectl.csr.model import Need
 
 Call = Callable[..., tuple[int, str, str]]
 
@@ -111,8 +115,8 @@ def test_the_images_are_those_of_the_training(opened: Opened, finished_run: Path
 def test_asking_is_calling_the_network(opened: Opened) -> None:
     part = opened.part("test")
     images = torch.stack([opened.transform(part.pixels(place))[0] for place in range(3)])
-    needs = ("logits", "cams", "similarity_maps")
-    importance = torch.rand(3, 1, 8, 8)
+    needs: tuple[Need, ...] = ("logits", "cams", "similarity_maps")
+    importance = torch.rand(3, 8, 8)
     for given in (None, importance):
         found = opened.ask(images, needs, given)
         with torch.no_grad():
@@ -130,7 +134,10 @@ def test_answers_are_outputs_in_any_batches(finished_run: Path, size: int) -> No
     found = open_network(asked(finished_run, batch_size=size))
     part = found.part("test")
     answers = found.answers(part)
-    needs = ("concept_logits", "cams", "similarity_scores", "similarity_maps", "logits")
+    needs: tuple[Need, ...] = (
+        *("concept_logits", "cams", "similarity_scores"),
+        *("similarity_maps", "logits"),
+    )
     plain = found.outputs(part, needs)
     count = len(part.image_ids)
     assert answers.scores.shape == (count, 4, 5)
@@ -152,7 +159,7 @@ def test_several_outputs_are_gathered_in_their_forms(opened: Opened) -> None:
     part = opened.part("val")
 
     def forward(images: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return images.mean((1, 2, 3)), images[:, :, :2, :3].double(), images.amax((2, 3))
+        return images.mean((2, 3)), images[:, :, :2, :3].double(), images.amax(1)
 
     found = gather(forward, part.still, opened.accelerator, 5)
     whole, _ = predict(lambda batch: batch[0], part.still, opened.accelerator, 64)

@@ -86,7 +86,9 @@ def test_a_loss_that_does_not_fit_the_task_is_refused(loss: str, mode: str) -> N
 @pytest.mark.parametrize("loss", ["bce", "ce"])
 def test_glyphs_have_several_targets(loss: str) -> None:
     words = ("data.dataset=synthetic", "data.task_mode=multiclass", f"task.loss={loss}")
-    with pytest.raises(UserError, match=r"data\.dataset is synthetic.*data\.task_mode is multiclass"):
+    with pytest.raises(
+        UserError, match=r"data\.dataset is synthetic.*data\.task_mode is multiclass"
+    ):
         settings(*words)
 
 

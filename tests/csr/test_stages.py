@@ -1,6 +1,7 @@
 """Stages hand over by files, and nothing is trained on what does not fit."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -175,3 +176,29 @@ def test_what_a_later_sitting_knows_of_the_verdict(finished_run: Path) -> None:
     table = torch.tensor(sidecar["score_statistics"]["absent_median"])
     assert table.shape == (4, 5)
     assert bool((table.abs() <= 1).all())
+
+
+def test_the_verdict_may_be_trained_longer(
+    finished_run: Path, csr: Command, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(finished_run, tmp_path / "longer"))
+    words = ("train", "--resume", str(folder), "--cpu", "--quiet")
+    assert csr(*words, "--epochs-stage3", "5")[0] == 0
+    assert json.loads((folder / "final_model.pth.json").read_text())["epoch"] == 5
+    for changed in (("--epochs-stage3", "4"), ("--epochs-stage1", "3")):
+        code, _, err = csr(*words, *changed)
+        assert code == 2
+        assert "cannot resume with other settings" in err
+
+
+def test_values_of_the_stages_stand_side_by_side(
+    new_run: NewRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moectl.engine.tracking import Trackers
+
+    names: set[str] = set()
+    monkeypatch.setattr(Trackers, "log", lambda _, row, update: names.update(row))
+    with new_run() as run:
+        train(run.settings, run, STAGES)
+    assert {f"{stage}/train/loss" for stage in STAGES} <= names
+    assert "train/loss" not in names

@@ -335,6 +335,8 @@ def test_patients_are_never_divided(stratify):
 def test_one_patient_cannot_be_divided():
     with pytest.raises(UserError, match="of 9 images of 1 patients"):
         split(plain(9, ["p"] * 9), 0.1, 42)
+    with pytest.raises(UserError, match="1 images for validation leaves none to train"):
+        split(labels_of([[1, 0]], [[1]]), 0.1, 1)
 
 
 def test_stratified_split_spreads_rare_concepts():

@@ -116,7 +116,7 @@ def test_the_best_epoch_is_that_of_the_largest_auroc(
     ("run_stage", "scores", "score", "name"),
     [
         (module.train_concepts, "_concept_scores", "val/concept_auroc", FILES[0]),
-        (module.train_task, "_task_scores", "val/task_auroc", FILES[2]),
+        (module.train_task, "task_scores", "val/task_auroc", FILES[2]),
     ],
     ids=["concept", "task"],
 )
@@ -130,7 +130,7 @@ def test_the_best_file_holds_the_weights_of_the_best_epoch(
 ) -> None:
     training, seen = begun(**SMALL), []
 
-    def worse_and_worse(training: Training, *_: Any) -> dict[str, float]:
+    def worse_and_worse(*_: Any) -> dict[str, float]:
         state = training.model.state_dict()
         seen.append({name: value.clone() for name, value in state.items()})
         return {score: 1 / len(seen)}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from moectl.csr import losses
 from moectl.csr.metrics import multiclass, ranking
 from moectl.csr.settings import TaskSection
-from moectl.csr.verdict import monitor, task_loss, task_scores
+from moectl.csr.verdict import monitor_of, task_loss, task_scores
 
 NAMES = ["a", "b", "c"]
 COUNTS, IMAGES = torch.tensor([10.0, 100.0, 0.0]), 1000
@@ -45,9 +45,7 @@ def by_hand(name: str, logits: Tensor, targets: Tensor) -> Tensor:
             return losses.focal(logits, targets, None, 2.0, weights)
 
 
-@pytest.mark.parametrize(
-    "name", ["bce", "bce_pos_weight", "focal", "asymmetric", "class_balanced"]
-)
+@pytest.mark.parametrize("name", ["bce", "bce_pos_weight", "focal", "asymmetric", "class_balanced"])
 def test_a_loss_of_several_targets_is_what_it_is_called(name: str) -> None:
     logits, targets = draw()
     found = task_loss(section(name), logits, targets, COUNTS, IMAGES)
@@ -84,7 +82,7 @@ def test_several_targets_are_scored_by_their_order() -> None:
     assert found["val/task_map"] == expected["map"]
     plain = nn.functional.binary_cross_entropy_with_logits(logits, targets)
     assert found["val/loss"] == pytest.approx(plain.item())
-    assert monitor(several=True) in found
+    assert monitor_of(several=True) in found
 
 
 def test_classes_are_scored_by_their_decisions() -> None:
@@ -97,7 +95,7 @@ def test_classes_are_scored_by_their_decisions() -> None:
     assert found["val/macro_f1"] == expected["f1_macro"]
     loss = nn.functional.cross_entropy(logits, classes)
     assert found["val/loss"] == pytest.approx(loss.item())
-    assert monitor(several=False) in found
+    assert monitor_of(several=False) in found
 
 
 def test_a_score_that_cannot_be_said_is_none() -> None:

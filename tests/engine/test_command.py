@@ -289,9 +289,11 @@ def test_a_reading_command_has_neither_name_nor_folder_of_its_own(
 
 def test_resumable_keys_exist_in_some_system() -> None:
     from moectl.balpoe.settings import BalpoeSettings
+    from moectl.csr.settings import CsrSettings
     from moectl.taskmoe.settings import TaskmoeSettings
 
-    assert set(RESUMABLE) <= {*fields(BalpoeSettings), *fields(TaskmoeSettings)}
+    systems = (BalpoeSettings, CsrSettings, TaskmoeSettings)
+    assert set(RESUMABLE) <= {key for system in systems for key in fields(system)}
 
 
 def test_the_wrapped_function_keeps_its_name_and_text(toy: ModuleType) -> None:
