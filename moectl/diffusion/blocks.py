@@ -61,6 +61,11 @@ def _film(form: Form, channels: int) -> nn.Linear | None:
     return linear
 
 
+def _wide(values: Tensor) -> Tensor:
+    """Float32 at least."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
 class Router(nn.Module):
     """Logits of the experts from the mean of each channel, time and class."""
 
@@ -74,8 +79,7 @@ class Router(nn.Module):
     def forward(self, x: Tensor, time: Tensor, label: Tensor) -> Tensor:
         """Map (B, C, H, W), (B, D) and (B, D) to (B, E), in float32 also under autocast."""
         with torch.autocast(x.device.type, enabled=False):
-            means = x.to(self.mlp[0].weight.dtype).mean((2, 3))
-            inputs = torch.cat([means, time.to(means), label.to(means)], 1)
+            inputs = torch.cat([_wide(x).mean((2, 3)), _wide(time), _wide(label)], 1)
             found: Tensor = self.mlp(inputs)
         return found
 

@@ -4,7 +4,8 @@ Letters: R rows (an image and one of its experts), E experts, C channels, H W pi
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal
 
 import torch
@@ -162,35 +163,34 @@ class Experts(nn.Module):
         if how == "auto":
             how = "grouped" if rows.device.type == "cpu" else "stacked"
         if how == "stacked":
-            layers = [
-                lambda x, layer=layer: layer.each(x, experts)  # type: ignore[misc]
-                for layer in (self.conv1, self.norm1, self.conv2, self.norm2)
-            ]
-            return _expert(rows, layers, film)
+            return self._run(
+                rows, [partial(one.each, experts=experts) for one in self._parts], film
+            )
         return self._grouped(rows, experts, film)
 
     def _grouped(self, rows: Tensor, experts: Tensor, film: Tensor | None) -> Tensor:
         order = experts.argsort(stable=True)
         counts = experts.bincount(minlength=self.count).tolist()
-        parts = rows[order].split(counts)
-        films = [None] * self.count if film is None else film[order].split(counts)
+        parts = torch.split(rows[order], counts)
+        films = [None] * self.count if film is None else torch.split(film[order], counts)
         found = []
         for expert, (part, own) in enumerate(zip(parts, films, strict=True)):
             if len(part):
-                layers = [
-                    lambda x, layer=layer: layer.one(x, expert)  # type: ignore[misc]  # noqa: B023
-                    for layer in (self.conv1, self.norm1, self.conv2, self.norm2)
-                ]
-                found.append(_expert(part, layers, own))
+                layers = [partial(one.one, expert=expert) for one in self._parts]
+                found.append(self._run(part, layers, own))
         sorted_rows = torch.cat(found)
         return sorted_rows[order.argsort()]
 
+    @property
+    def _parts(self) -> tuple[ExpertConv | ExpertNorm, ...]:
+        return self.conv1, self.norm1, self.conv2, self.norm2
 
-def _expert(x: Tensor, layers: list[Layer], film: Tensor | None) -> Tensor:
-    conv1, norm1, conv2, norm2 = layers
-    hidden, last = norm1(conv1(x)), norm2
-    if film is not None:
+    @staticmethod
+    def _run(x: Tensor, layers: Sequence[Layer], film: Tensor | None) -> Tensor:
+        conv1, norm1, conv2, norm2 = layers
+        hidden = norm1(conv1(x))
+        if film is None:
+            return F.gelu(x + norm2(conv2(F.gelu(hidden))))
         scale, shift, gate = film[:, :, None, None].chunk(3, dim=1)
         hidden = hidden * (1 + scale) + shift
-        return F.gelu(x + (1 + gate) * last(conv2(F.gelu(hidden))))
-    return F.gelu(x + last(conv2(F.gelu(hidden))))
+        return F.gelu(x + (1 + gate) * norm2(conv2(F.gelu(hidden))))

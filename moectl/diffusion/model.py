@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -166,6 +165,7 @@ class UNet(nn.Module):
         x = self.input_proj(x)
         skips = [x]
         for stage in self.encoder:
+            assert isinstance(stage, _Down)
             x = stage.downsample(run(stage.conv_block, x))
             skips.append(x)
         x = self.bottleneck_proj(x)
@@ -174,6 +174,7 @@ class UNet(nn.Module):
         else:
             x = run(self.bottleneck, x)
         for stage in self.decoder:
+            assert isinstance(stage, _Up)
             x = torch.cat([stage.upsample(x), skips.pop()], 1)
             x = run(stage.conv_block, x)
         found: Tensor = self.output_proj(x)
