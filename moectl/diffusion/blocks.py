@@ -168,5 +168,6 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, steps: Tensor) -> Tensor:
         """Map (B,) to (B, D)."""
-        found: Tensor = self.mlp(sinusoid(steps, self.width))
+        dtype = next(self.mlp.parameters()).dtype
+        found: Tensor = self.mlp(sinusoid(steps, self.width).to(dtype))
         return found

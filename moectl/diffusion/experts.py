@@ -123,7 +123,7 @@ class ExpertNorm(nn.Module):
     @torch.no_grad()
     def _remember(self, rows: Tensor, experts: Tensor) -> None:
         """Move the running averages, a row after the other."""
-        variance, mean = torch.var_mean(rows.float(), dim=(2, 3))
+        variance, mean = torch.var_mean(rows.to(self.running_mean.dtype), dim=(2, 3))
         for row, expert in enumerate(experts.tolist()):
             self.running_mean[expert].lerp_(mean[row], _MOMENTUM)
             self.running_var[expert].lerp_(variance[row], _MOMENTUM)

@@ -3,6 +3,7 @@
 Letters: B images, C channels, G groups of channels, H W pixels, J bands.
 """
 
+import math
 from functools import lru_cache
 
 import torch
@@ -14,6 +15,7 @@ _GROUPS = 32
 
 
 @lru_cache(maxsize=32)
+@torch.inference_mode(mode=False)  # what is kept must serve training too
 def hats(height: int, width: int, device: torch.device) -> Tensor:
     """Triangular bands over the radius of real frequencies, (J, H, W // 2 + 1); they sum to 1."""
     rows = torch.fft.fftfreq(height, device=device)
@@ -37,7 +39,7 @@ class BandModule(nn.Module):
 
     def __init__(self, channels: int, time: int, label: int) -> None:
         super().__init__()
-        self.groups = min(_GROUPS, channels)
+        self.groups = channels if channels < _GROUPS else math.gcd(channels, _GROUPS)
         self.hidden = nn.Linear(channels + time + label, channels)
         self.gains = nn.Linear(channels, channels + self.groups * BANDS)
         nn.init.zeros_(self.gains.weight)

@@ -3,6 +3,7 @@
 Letters: B images, E experts, K chosen experts, T diffusion steps.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -35,8 +36,10 @@ def shares(logits: Tensor, k_active: int) -> Tensor:
 def load(share: Tensor) -> Load:
     """Describe shares (E,)."""
     experts = len(share)
-    entropy = -torch.special.xlogy(share, share).sum()
-    return Load(share, share.max() * experts, entropy / torch.log(share.new_tensor(float(experts))))
+    entropy = (
+        -torch.special.xlogy(share, share).sum() / math.log(experts) if experts > 1 else share[0]
+    )
+    return Load(share, share.max() * experts, entropy)
 
 
 def switch_balance(logits: Tensor, share: Tensor) -> Tensor:
@@ -56,7 +59,9 @@ def variance_balance(logits: Tensor) -> Tensor:
 
     It pushes every image to all experts alike, whatever their load. At most 1 / E.
     """
-    return logits.float().softmax(1).var(1).mean()
+    experts = logits.shape[1]
+    apart = logits.float().softmax(1) - 1 / experts
+    return apart.square().sum(1).mean() / max(experts - 1, 1)
 
 
 def balance_loss(

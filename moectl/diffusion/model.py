@@ -3,18 +3,38 @@
 Letters: B images, C channels, E experts, H W pixels, L levels, T diffusion steps.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from moectl.diffusion.blocks import Form, TimeEmbedding, block
 from moectl.diffusion.experts import Dispatch
 from moectl.diffusion.frequency import BandModule, ChannelGain
 
 Compat = Literal["none", "seed"]
+
+
+@contextmanager
+def _forgetting(part: nn.Module) -> Iterator[None]:
+    """Let copies of the running averages move, and not these themselves."""
+    kept = [(one, *named) for one in part.modules() for named in one.named_buffers(recurse=False)]
+    for one, name, values in kept:
+        setattr(one, name, values.clone())
+    try:
+        yield
+    finally:
+        for one, name, values in kept:
+            setattr(one, name, values)
+
+
+def _contexts(part: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """For the first pass through a part, and for the one that repeats it in the backward pass."""
+    return nullcontext(), _forgetting(part)
 
 
 class _Down(nn.Module):
@@ -154,7 +174,8 @@ class UNet(nn.Module):
 
         def run(part: nn.Module, x: Tensor) -> Tensor:
             if self.checkpointing and self.training:
-                found, own = checkpoint(part, x, time, label, use_reentrant=False)
+                again = partial(_contexts, part) if list(part.buffers()) else noop_context_fn
+                found, own = checkpoint(part, x, time, label, use_reentrant=False, context_fn=again)
             else:
                 found, own = part(x, time, label)
             if own is not None:

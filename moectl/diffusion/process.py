@@ -53,8 +53,9 @@ class GaussianDiffusion(nn.Module):
 
     def _at(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """Return the factors of image and noise at steps (B,), (B, 1, 1, 1)."""
-        alphas = self.alphas[t].view(-1, *[1] * (like.ndim - 1)).to(like)
-        return alphas.sqrt(), (1 - alphas).sqrt()
+        wide = torch.promote_types(like.dtype, torch.float32)
+        alphas = self.alphas[t].view(-1, *[1] * (like.ndim - 1)).to(wide)
+        return alphas.sqrt().to(like), (1 - alphas).sqrt().to(like)
 
     def add_noise(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """Return images (B, …) after steps (B,) with that noise."""
