@@ -197,7 +197,7 @@ def test_values_of_the_stages_stand_side_by_side(
     from moectl.engine.tracking import Trackers
 
     names: set[str] = set()
-    monkeypatch.setattr(Trackers, "log", lambda _, row, update: names.update(row))
+    monkeypatch.setattr(Trackers, "log", lambda _, row, *__: names.update(row))
     with new_run() as run:
         train(run.settings, run, STAGES)
     assert {f"{stage}/train/loss" for stage in STAGES} <= names
