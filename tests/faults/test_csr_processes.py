@@ -57,6 +57,7 @@ for mode in ("images", "features"):
     everyone = gather_objects(accelerator, seen)
     if accelerator.is_main_process:
         (root / mode / "seen.json").write_text(json.dumps(everyone))
+accelerator.end_training()
 """
 SIZES = {"one": ("16", 1), "two": ("8", 2)}
 
