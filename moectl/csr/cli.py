@@ -90,7 +90,7 @@ def baselines(
     console.result(*run_baselines(request, split))
 
 
-@command(CsrSettings, (), train=False, reads=("train", "convert"))
+@command(CsrSettings, (), train=False, reads=("train", "convert"), alias="--checkpoint")
 def explain(  # noqa: PLR0913 - the options of a command
     request: Request,
     images: Annotated[
@@ -138,7 +138,7 @@ def atlas(
     console.result(*run_atlas(request, top))
 
 
-@command(CsrSettings, ("eval",), train=False, reads=("train", "convert"))
+@command(CsrSettings, ("eval",), train=False, reads=("train", "convert"), alias="--checkpoint")
 def intervene(  # noqa: PLR0913 - the options of a command
     request: Request,
     images: Annotated[list[Path] | None, typer.Argument(help="Image files.")] = None,

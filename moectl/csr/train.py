@@ -156,6 +156,7 @@ def train_prototypes(training: Training) -> None:
                 training.save("best_model_stage2.pth", "prototype", epoch, scores)
             if epoch % 5 == 0 or epoch == epochs or loop.patience_ends:
                 training.save(f"model_stage2_epoch{epoch}.pth", "prototype", epoch, scores)
+            if epoch == epochs or loop.patience_ends:
                 _warn_of_collapse(scores)
     if not epochs:
         training.save("model_stage2_epoch0.pth", "prototype", 0, {})
