@@ -271,7 +271,9 @@ def _weights(kind: Kind, model_name: str, pretrained: bool, trust: bool) -> tupl
             )
         return kind, None
     if kind == "tiny":
-        raise UserError("backbone tiny: there are no pretrained weights of it")
+        raise UserError(
+            "backbone tiny: there are no pretrained weights of it", "--no-pretrained goes without"
+        )
     name = model_name or usual
     return name, _read(_hub_file(name), trust) if kind in _HUB else _torchvision(kind)
 

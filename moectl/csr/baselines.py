@@ -56,7 +56,7 @@ def run_baselines(request: Request, split: str) -> tuple[dict[str, Any], "Table"
     Returns:
         The JSON document, and a table.
     """
-    opened = open_network(request)
+    opened = open_network(request, verdict=True)
     parts = {name: opened.part(name) for name in ("train", "val", split)}
     seen = {name: _inputs(opened, part) for name, part in parts.items()}
     logits = {CSR: {name: found.logits for name, found in seen.items()}}

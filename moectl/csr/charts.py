@@ -139,34 +139,37 @@ def _curve(rows: Rows, column: str) -> tuple[list[float], list[float]]:
 
 def summary(document: Document) -> Table:
     """Say how good a network is, in few rows."""
-    concepts, task = document["concepts"], document["task"]
-    tuned = "macro-F1 of the verdict, tuned thresholds"
-    kept = document["prototypes"]
-    rows = [
-        ("AUROC of the concepts", *_bounded(concepts, "auroc_macro")),
-        ("AUROC of the similarities", *_bounded(document["similarities"], "auroc_macro")),
-        ("AUROC of the verdict", *_bounded(task, "auroc_macro")),
-        ("macro-F1 of the verdict", *_bounded(task, "f1_macro")),
-        *([(tuned, *_bounded(task, "f1_macro_tuned"))] if "f1_macro_tuned" in task else ()),
-        *([("accuracy", *_bounded(task, "accuracy"))] if "accuracy" in task else ()),
-        *(
-            [("balanced accuracy", *_bounded(task, "balanced_accuracy"))]
-            if "balanced_accuracy" in task
-            else ()
-        ),
+    measured = [
+        ("AUROC of the concepts", "concepts", "auroc_macro"),
+        ("AUROC of the similarities", "similarities", "auroc_macro"),
+        ("AUROC of the verdict", "task", "auroc_macro"),
+        ("macro-F1 of the verdict", "task", "f1_macro"),
+        ("macro-F1 of the verdict, tuned thresholds", "task", "f1_macro_tuned"),
+        ("accuracy", "task", "accuracy"),
+        ("balanced accuracy", "task", "balanced_accuracy"),
+    ]
+    rows: list[Sequence[object]] = [
+        (words, *_bounded(document[kind], score))
+        for words, kind, score in measured
+        if score in document.get(kind, {})
+    ]
+    rows += [
         ("images", document["images"], None),
         ("explanations, one for each concept", document["explanations"], None),
-        ("prototypes", kept["count"], None),
-        ("prototypes with a say", kept["kept"], None),
-        ("prototypes that are the nearest in some image", kept["used"], None),
     ]
+    if kept := document.get("prototypes"):
+        rows += [
+            ("prototypes", kept["count"], None),
+            ("prototypes with a say", kept["kept"], None),
+            ("prototypes that are the nearest in some image", kept["used"], None),
+        ]
     return Table(("", "value", "95 % interval"), rows)
 
 
 def concept_table(document: Document) -> Table:
     """List how well each concept is found, by its map and by its prototypes."""
     found = document["concepts"]
-    similar = document["similarities"]["columns"]
+    similar = document.get("similarities", {}).get("columns", {})
     columns = (
         *("concept", "images", "AUROC", "95 % interval", "AUROC of similarity", "AP"),
         *("F1 at 0.5", "F1 tuned", "threshold", "sensitivity at 90 % spec.", "ECE"),
@@ -176,7 +179,7 @@ def concept_table(document: Document) -> Table:
             name,
             one["positives"],
             *_bounded(one, "auroc", _column_intervals(found, name)),
-            number(similar[name]["auroc"]),
+            number(similar.get(name, {}).get("auroc")),
             *(number(one.get(score)) for score in ("ap", "f1", "f1_tuned", "threshold")),
             *(number(one[score]) for score in ("sensitivity", "ece")),
         ]
@@ -226,14 +229,14 @@ _SKIPPED = {
 
 def pointing_table(document: Document) -> Table:
     """List how often maps point into the boxes of their concept."""
-    cams, similar = (document["pointing"][kind] for kind in ("cams", "similarities"))
+    cams, similar = (document["pointing"].get(kind, {}) for kind in ("cams", "similarities"))
     columns = ("concept", "boxed images", "map", "similarity", "chance", "IoU of map")
     rows: list[list[object]] = [
         [
             name,
             one["pairs"],
             number(one["rate"]),
-            number(similar["columns"][name]["rate"]),
+            number(similar.get("columns", {}).get(name, {}).get("rate")),
             number(one["chance"]),
             number(one["iou"]),
         ]
@@ -245,7 +248,7 @@ def pointing_table(document: Document) -> Table:
                 words,
                 cams["pairs"],
                 number(cams[f"rate_{end}"]),
-                number(similar[f"rate_{end}"]),
+                number(similar.get(f"rate_{end}")),
                 number(cams[f"chance_{end}"]),
                 number(cams[f"iou_{end}"]),
             ]

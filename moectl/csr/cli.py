@@ -32,9 +32,9 @@ _NUMBERS = {"1": "concept", "2": "prototype", "3": "task"}
 def train(
     request: Request,
     stage: Annotated[
-        Literal["concept", "prototype", "task", "all", "1", "2", "3"],
-        typer.Option("--stage", help="What is trained."),
-    ] = "all",
+        Literal["concept", "prototype", "task", "all", "1", "2", "3"] | None,
+        typer.Option("--stage", help="What is trained; default all, or what a resumed run began."),
+    ] = None,
     start: Annotated[
         str, typer.Option("--from", help="Run or weights file that stage 2 or 3 begins with.")
     ] = "",
@@ -46,7 +46,8 @@ def train(
     from moectl.csr.stages import STAGES
     from moectl.csr.train import train as run_training
 
-    stages = [one for one in STAGES if stage in ("all", one) or _NUMBERS.get(stage) == one]
+    wanted = _NUMBERS.get(stage or "all", stage or "all")
+    stages = [one for one in STAGES if wanted in ("all", one)]
     if start and stages[0] == "concept":
         raise UserError("--from goes with --stage prototype or task", "--model-name starts stage 1")
     if output_dir:
@@ -54,6 +55,8 @@ def train(
             raise UserError("--output-dir goes neither with --out nor with --resume")
         request = replace(request, out=output_dir / request.name)
     with open_run(request) as run:
+        if run.resuming and stage is None:
+            stages = run.record.get("stages", stages)
         run_training(run.settings, run, stages, start)
     console.result({**run.record, "folder": str(run.folder)}, str(run.folder))
 
@@ -87,7 +90,7 @@ def baselines(
     console.result(*run_baselines(request, split))
 
 
-@command(CsrSettings, (), train=False, reads=("train", "convert"))
+@command(CsrSettings, (), train=False, reads=("train", "convert"), alias="--checkpoint")
 def explain(  # noqa: PLR0913 - the options of a command
     request: Request,
     images: Annotated[
@@ -135,7 +138,7 @@ def atlas(
     console.result(*run_atlas(request, top))
 
 
-@command(CsrSettings, ("eval",), train=False, reads=("train", "convert"))
+@command(CsrSettings, ("eval",), train=False, reads=("train", "convert"), alias="--checkpoint")
 def intervene(  # noqa: PLR0913 - the options of a command
     request: Request,
     images: Annotated[list[Path] | None, typer.Argument(help="Image files.")] = None,

@@ -37,6 +37,9 @@ log = logging.getLogger(__name__)
 
 Reader = Callable[[int], Any]
 
+ANY: Statistics = ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+"""Statistics where no image is looked at, so that none are measured."""
+
 
 @dataclass(frozen=True)
 class Part:

@@ -70,22 +70,28 @@ def measure(opened: Opened, part: Part, answers: Answers, held: Answers) -> dict
     truth, names = part.concepts.numpy(), data.concepts
     thresholds = tune_thresholds(held.concept_logits.numpy(), data.val.concepts.numpy())
     draws: dict[str, Any] = {"draws": section.bootstrap, "seed": opened.settings.train.seed}
-    document = {
+    stage = opened.facts["stage"]
+    document: dict[str, Any] = {
         "images": len(truth),
         "weights": opened.weights,
         "concepts": multilabel(
             answers.concept_logits.numpy(), truth, names, thresholds=thresholds, **draws
         ),
-        "similarities": ranking(answers.scores.amax(2).numpy(), truth, names),
-        "task": measure_task(opened, part, answers.logits, held.logits),
-        "prototypes": _prototypes(opened, answers.scores, part.concepts),
         "explanations": len(names),
     }
+    # What no stage has trained yet has nothing to say.
+    if stage != "concept":
+        document["similarities"] = ranking(answers.scores.amax(2).numpy(), truth, names)
+        document["prototypes"] = _prototypes(opened, answers.scores, part.concepts)
+    if stage == "task":
+        document["task"] = measure_task(opened, part, answers.logits, held.logits)
     if any(part.boxes):
         document["pointing"] = {
             "cams": localise(answers.cams, part.boxes, names, logits=True),
-            "similarities": localise(answers.maps, part.boxes, names),
         }
+        if stage != "concept":
+            similar = localise(answers.maps, part.boxes, names)
+            document["pointing"]["similarities"] = similar
     return document
 
 
@@ -138,6 +144,8 @@ def _predictions(opened: Opened, part: Part, answers: Answers) -> list[dict[str,
 def _table(document: dict[str, Any]) -> "Table":
     rows: list[list[object]] = []
     for kind in ("concepts", "similarities", "task"):
+        if kind not in document:
+            continue
         found = document[kind]
         rows.append(
             [

@@ -94,7 +94,7 @@ def run_explain(request: Request, choice: Choice) -> tuple[dict[str, Any], int]:
             "nothing to explain", "give image files or folders, or --id of images of the run's data"
         )
     files = _files(choice.images)
-    opened = open_network(request)
+    opened = open_network(request, verdict=True)
     _check(opened, choice)
     items = [_Item(str(path), partial(opened.read, path)) for path in files]
     items += _of_data(opened, choice)
@@ -140,13 +140,6 @@ def _is_image(path: Path) -> bool:
 
 
 def _check(opened: Opened, choice: Choice) -> None:
-    stage = opened.facts.get("stage")
-    if stage in ("concept", "prototype"):
-        raise UserError(
-            f"{opened.folder / opened.weights['file']}: of stage {stage}, so there is no verdict"
-            " to explain",
-            "moectl csr train --stage task",
-        )
     if choice.threshold is not None and not opened.multilabel:
         raise UserError(
             f"--threshold {choice.threshold:g}: images of this run have one target each, the most"

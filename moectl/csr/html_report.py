@@ -87,8 +87,7 @@ def write_html(folder: Path, evaluation: Path) -> None:
         _title(name, evaluation.name, document, record, known),
         _section("Summary", _table(summary(document))),
         _section("Concepts", _table(concept_table(document)), _lines(document["concepts"])),
-        _section("Verdict", _table(task_table(document)), _lines(document["task"])),
-        _confusion(evaluation, document["task"]),
+        _verdict(evaluation, document),
         _pointing(document),
         _baselines(evaluation, document),
         _study(evaluation, document),
@@ -133,6 +132,13 @@ def _title(
 
 def _lines(found: Document) -> str:
     return "\n".join(_paragraph(line) for line in skipped(found))
+
+
+def _verdict(evaluation: Path, document: Document) -> str:
+    if "task" not in document:
+        return ""
+    table = _section("Verdict", _table(task_table(document)), _lines(document["task"]))
+    return f"{table}\n{_confusion(evaluation, document['task'])}"
 
 
 def _confusion(evaluation: Path, task: Document) -> str:

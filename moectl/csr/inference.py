@@ -289,11 +289,15 @@ def rebuild(weights: artefact.Artefact) -> CSRNet:
     return model
 
 
-def open_network(request: Request) -> Opened:
+def open_network(request: Request, *, verdict: bool = False) -> Opened:
     """Open the network of a run, its last stage's best weights unless the reference says which.
 
+    Args:
+        request: the run, its weights and settings.
+        verdict: whether only weights of the last stage will do.
+
     Raises:
-        UserError: if the weights are no network's.
+        UserError: if the weights are no network's, or of an earlier stage.
     """
     settings: Any = request.settings
     assert request.folder is not None
@@ -301,6 +305,10 @@ def open_network(request: Request) -> Opened:
     path = last_stage(request.folder) if plain else find_weights(request.run, "csr")
     weights = artefact.load(path)
     model = rebuild(weights)
+    if verdict and (stage := weights.facts.get("stage")) != "task":
+        raise UserError(
+            f"{path}: of stage {stage}, so there is no verdict yet", "moectl csr train --stage task"
+        )
     precision = str(read_record(path.parent)["precision"])
     accelerator = build_accelerator(settings.train, request.cpu, precision)
     return Opened(

@@ -124,7 +124,7 @@ def run_intervene(request: Request, choice: Choice) -> list[dict[str, Any]]:
         )
     if not choice.edits and not set(CHANGES) & set(choice.flags or {}):
         raise UserError("nothing to change", _HELP)
-    opened = open_network(request)
+    opened = open_network(request, verdict=True)
     judge = judge_of(opened)
     given = _given(choice, opened.concepts)
     for one in given:

@@ -85,10 +85,9 @@ def _evaluation(folder: Path, document: Document) -> list[str]:
         "### Concepts",
         _table(concept_table(document)),
         *skipped(document["concepts"]),
-        "### Verdict",
-        _table(task_table(document)),
-        *skipped(document["task"]),
     ]
+    if "task" in document:
+        parts += ["### Verdict", _table(task_table(document)), *skipped(document["task"])]
     if "pointing" in document:
         parts += ["### Where it looks", _table(pointing_table(document))]
     if baselines := loads_or_none(folder / "baselines.json"):

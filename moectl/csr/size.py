@@ -3,12 +3,10 @@
 from typing import Any
 
 from moectl.csr.backbones import build_backbone
-from moectl.csr.data import load
+from moectl.csr.data import ANY, load
 from moectl.csr.model import CSRNet
 from moectl.csr.settings import CsrSettings
 from moectl.csr.stages import STAGES
-
-_ANY = ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))  # nothing is looked at, so nothing is normalised
 
 
 def size(settings: CsrSettings) -> dict[str, Any]:
@@ -18,7 +16,7 @@ def size(settings: CsrSettings) -> dict[str, Any]:
     """
     model, side = settings.model, settings.data.image_size
     backbone = build_backbone(model.backbone_type, "", pretrained=False, image_size=side)
-    data = load(settings.data, settings.train.seed, backbone.grid(side), _ANY)
+    data = load(settings.data, settings.train.seed, backbone.grid(side), ANY)
     network = CSRNet(
         backbone,
         concepts=len(data.concepts),

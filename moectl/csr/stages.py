@@ -17,14 +17,15 @@ from moectl.csr.backbones import build_backbone
 from moectl.csr.cache import FeatureSource, features_of
 from moectl.csr.curation import fingerprint
 from moectl.csr.curation import read as read_curation
-from moectl.csr.data import Data, Part, load
+from moectl.csr.data import ANY, Data, Part, load
 from moectl.csr.inference import last_prototypes, outputs
 from moectl.csr.model import CSRNet, Given, Need, Output, Stage
 from moectl.csr.settings import CsrSettings
 from moectl.engine import artefact
 from moectl.engine.errors import UserError
 from moectl.engine.files import is_file, read_json, write_json, write_text
-from moectl.engine.loop import Loop
+from moectl.engine.launch import agree
+from moectl.engine.loop import Loop, Step
 from moectl.engine.optim import build_optimizer, build_schedule
 from moectl.engine.references import find_run
 from moectl.engine.run import Run
@@ -56,6 +57,8 @@ class Training:
         self.settings, self.run = settings, run
         seed_all(settings.train.seed, "init")
         section = settings.model
+        if section.pretrained:  # faults of the tables, before anything is fetched
+            load(settings.data, settings.train.seed, (1, 1), ANY)
         backbone = build_backbone(
             section.backbone_type,
             section.model_name,
@@ -66,6 +69,9 @@ class Training:
         grid = backbone.grid(settings.data.image_size)
         self.data = load(settings.data, settings.train.seed, grid)
         self._features: dict[int, FeatureSource] = {}
+        cells = sum(self.data.notes.get("empty_cells", {}).values())
+        if cells:
+            log.warning("%s: %d empty cells count as 0", self.data.notes["table"], cells)
         self._write_split()
         self.model = CSRNet(
             backbone,
@@ -185,13 +191,20 @@ class Training:
             train=settings.train.model_copy(update=changes),
         )
 
-    def over_processes(self, count: Tensor | int) -> float:
-        """Return a count over all processes, divided by these: losses are averaged over them."""
-        world = self.run.accelerator.num_processes
-        total = torch.as_tensor(count, dtype=torch.float64, device=self.run.device)
-        if world > 1:
-            torch.distributed.all_reduce(total)
-        return max(float(total) / world, 1e-12)
+    def over_processes(self, count: Tensor | int, step: Step) -> float:
+        """Return what a sum over some things is divided by, to be a mean over all processes.
+
+        The loop weighs a process's loss by its share of the images; here the things count.
+
+        Args:
+            count: of the things in this process's part of the batch.
+            step: whose batch it is.
+        """
+        here = torch.tensor([float(count), step.share], dtype=torch.float64, device=self.run.device)
+        if self.run.accelerator.num_processes > 1:
+            torch.distributed.all_reduce(here)
+        total, shares = here.tolist()
+        return max(total * step.share / shares, 1e-12)
 
     # What is written
 
@@ -208,6 +221,10 @@ class Training:
         """Write weights under the name that the original gives them."""
         facts = {**facts_of(self.settings, self.data, self.model, stage), "scores": dict(scores)}
         facts |= more
+        if best and scores:
+            found = {key.removeprefix("val/"): value for key, value in scores.items()}
+            known = [f"{key} {value:.4f}" for key, value in found.items() if value is not None]
+            log.info("best so far: %s", ", ".join(known))
         self.run.save_weights(name, self.model.state_dict(), facts, epoch=epoch, best=best)
 
     def hand_over(self, stage: Stage, start: str = "") -> None:
@@ -223,7 +240,8 @@ class Training:
         if stage == "concept":
             return
         pick = self.settings.task.start
-        path = predecessor(self.run.folder, stage, pick)
+        # One answer for all: what rank 0 copies a moment later must not be found by the others.
+        path = agree(self.run.accelerator, lambda: predecessor(self.run.folder, stage, pick))
         if path is None and start:
             path = self._adopt(stage, _given(start, stage, pick))
         if path is None:
@@ -237,6 +255,7 @@ class Training:
 
     def _adopt(self, stage: Stage, path: Path) -> Path:
         """Keep weights of another run in this one, so that it can be resumed without that."""
+        self._refuse_leak(path)
         weights = self._fitting(stage, path)
         name = "best_model_stage1.pth" if stage == "prototype" else path.name
         if stage == "task" and not name.startswith(("best_model_stage2", "model_stage2_epoch")):
@@ -254,6 +273,8 @@ class Training:
         facts, own = weights.facts, self.settings.model.model_dump()
         if facts.get("model") != "CSRNet":
             raise UserError(f"{path}: has no {path.name}.json of csr beside it")
+        if STAGES.index(facts["stage"]) + 1 < STAGES.index(stage):
+            raise UserError(f"{path}: of stage {facts['stage']}, too early for stage {stage}")
         here = {
             "concepts": self.data.concepts,
             "targets": self.data.targets,
@@ -266,6 +287,34 @@ class Training:
             if there[name] != value:
                 raise UserError(f"{path}: {name} is {there[name]}, this run has {value}")
         return weights
+
+    def _refuse_leak(self, path: Path) -> None:
+        """Refuse weights that were trained on images which validate here."""
+        split = path.parent / "splits.json"
+        if not is_file(split):
+            return
+        trained = set(read_json(split)["train"])
+        seen = [name for name in self.data.val.image_ids if name in trained]
+        if seen:
+            raise UserError(
+                f"{path}: was trained on {len(seen)} of the {len(self.data.val.image_ids)} images"
+                f" that validate here, {seen[0]} among them",
+                "give the same --seed and --val-fraction as its run has",
+            )
+
+    def check_labels(self, stage: Stage) -> None:
+        """Refuse validation images by which no best epoch of a stage can be chosen."""
+        data = self.data
+        kind = {"concept": "concepts", "task": "targets"}.get(stage)
+        if kind is None or (kind == "targets" and data.val.targets.ndim == 1):
+            return
+        positive = getattr(data.val, kind) >= 0.5
+        if not bool((positive.any(0) & ~positive.all(0)).any()):
+            raise UserError(
+                f"of none of the {kind} ({', '.join(getattr(data, kind)[:5])} …) there are images"
+                f" with and without it among the {len(positive)} validation images",
+                "--val-fraction takes more images, --set data.stratify=true spreads targets evenly",
+            )
 
     def curate(self) -> None:
         """Leave the prototypes their say that the curation file leaves it."""

@@ -65,7 +65,7 @@ def run_study(
     Raises:
         UserError: if the weights come without the scores of training images.
     """
-    opened = open_network(request)
+    opened = open_network(request, verdict=True)
     known = opened.known
     if known is None:
         raise UserError(

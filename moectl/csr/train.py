@@ -22,6 +22,7 @@ from moectl.csr.report import report
 from moectl.csr.settings import CsrSettings
 from moectl.csr.stages import STAGES, Training
 from moectl.csr.verdict import Scores, monitor_of, task_loss, task_scores
+from moectl.engine.errors import UserError
 from moectl.engine.loop import Loop
 from moectl.engine.run import Run
 from moectl.engine.seeding import key
@@ -42,6 +43,15 @@ def train(
         start: a run or file with the weights before the first of them, if the run has none.
     """
     training = Training(settings, run)
+    if settings.task.curation and list(stages) != ["task"]:
+        raise UserError(
+            "task.curation is of prototypes that are there: it goes with --stage task",
+            "--from RUN names the run that the file was written for",
+        )
+    for stage in stages:
+        training.check_labels(stage)
+    begun = run.record.get("stages", [])
+    run.note(stages=[stage for stage in STAGES if stage in stages or stage in begun])
     for stage in stages:
         log.info("stage %d: %s", STAGES.index(stage) + 1, stage)
         training.hand_over(stage, start)
@@ -52,6 +62,7 @@ def train(
                 train_prototypes(training)
             case "task":
                 train_task(training)
+    training.forget_features()
     if run.is_main:
         report(run.folder)
 
@@ -73,7 +84,7 @@ def train_concepts(training: Training) -> None:
         loss = section.alpha * named["classes"]
         if data.has_boxes:
             exists = masks.flatten(2).any(2)
-            count = training.over_processes(exists.sum())
+            count = training.over_processes(exists.sum(), step)
             named["boxes"] = losses.localisation_loss(
                 output.cams, masks, exists, section.loc_loss, count
             )
@@ -129,7 +140,7 @@ def train_prototypes(training: Training) -> None:
         needs = ("local_vectors", "prototypes")
         output = loop.model(inputs, None, needs, given=given, detach_cams=True)
         vectors, concepts = losses.present_pairs(output.local_vectors, truth[rows])
-        count = training.over_processes(len(vectors))
+        count = training.over_processes(len(vectors), step)
         loss = _prototype_loss(section, vectors, concepts, output.prototypes, count)
         if section.diversity_weight:
             loss = loss + section.diversity_weight * losses.diversity_loss(output.prototypes)
@@ -145,6 +156,7 @@ def train_prototypes(training: Training) -> None:
                 training.save("best_model_stage2.pth", "prototype", epoch, scores)
             if epoch % 5 == 0 or epoch == epochs or loop.patience_ends:
                 training.save(f"model_stage2_epoch{epoch}.pth", "prototype", epoch, scores)
+            if epoch == epochs or loop.patience_ends:
                 _warn_of_collapse(scores)
     if not epochs:
         training.save("model_stage2_epoch0.pth", "prototype", 0, {})
@@ -234,7 +246,9 @@ def train_task(training: Training) -> None:
     seen = training.outputs(data.train, "similarity_scores").similarity_scores
     held = training.outputs(data.val, "similarity_scores", "concept_logits")
     if settings.model.task_norm == "standardize":
-        inputs = seen.amax(2) if model.task_input == "max" else seen.flatten(1)
+        kept = model.kept.cpu()
+        said = seen.masked_fill(~kept, -1).amax(2) if model.task_input == "max" else seen
+        inputs = said.flatten(1)
         model.set_task_norm(inputs.mean(0).to(model.task_mean), inputs.std(0).to(model.task_std))
     source, given = _verdict_source(training, seen)
     loop = training.loop(
@@ -264,7 +278,6 @@ def train_task(training: Training) -> None:
     if not epochs:
         save("best_model_stage3.pth", 0, {}, True)
     save("final_model.pth", loop.epoch, {}, False)
-    training.forget_features()
 
 
 def _verdict_source(training: Training, seen: Tensor) -> tuple[Source, Given]:

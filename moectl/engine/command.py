@@ -198,7 +198,8 @@ def _read(room: str, reference: str, reads: Sequence[str]) -> Path:
     if is_file(path):
         if not is_file(path.parent / "settings.toml"):
             raise UserError(
-                f"{path}: lies outside a run folder", f"moectl {room} import makes a run of it"
+                f"{path}: lies outside a run folder",
+                f"moectl {room} --help lists what makes a run of it",
             )
         return path.parent
     folder = find_run(split_reference(reference)[0], room, "finished", reads)

@@ -40,6 +40,8 @@ class Step:
         """Optimiser updates done before this one."""
         self.epoch = chunk.epoch
         """Epochs done before this one."""
+        self.share = len(chunk.rows) / chunk.size
+        """Share of the batch of this update that is here."""
         self.ends_update = chunk.ends_update
         """Whether `update` will move the weights."""
         last = chunk.batch == loop.stream.batches_per_epoch - 1

@@ -79,7 +79,9 @@ def test_options_that_are_gone_name_their_successor(name, capsys):
     assert "results go into the run folder" in capsys.readouterr().err
 
 
-def test_weights_outside_a_run_are_sent_to_import(isolated, capsys):
+def test_weights_outside_a_run_are_refused_with_a_way_out(isolated, capsys):
     (isolated / "bare.pth").write_bytes(b"x")
     assert _run(["balpoe", "eval", "--run", "bare.pth"]) == 2
-    assert "moectl balpoe import" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "bare.pth: lies outside a run folder" in err
+    assert "moectl balpoe --help" in err

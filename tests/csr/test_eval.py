@@ -216,3 +216,21 @@ def test_curation_takes_prototypes_their_say(csr: Call, run: Path, written: Any)
     np.testing.assert_allclose(values, logits.sigmoid().numpy(), atol=1e-5)
     assert document["task"]["auroc_macro"] != written["task"]["auroc_macro"]
     assert not (run / TEST).exists()
+
+
+def test_what_is_not_trained_yet_is_not_measured(csr: Call, run: Path) -> None:
+    for name, there in (("best_model_stage1", False), ("model_stage2_epoch2", True)):
+        document = document_of(csr, "--run", str(run / f"{name}.pth"))
+        assert "task" not in document
+        assert ("similarities" in document) is there
+        assert (run / "evals" / f"test@{name}" / "report.html").exists()
+
+
+@pytest.mark.parametrize("words", [("baselines",), ("intervene", "--oracle"), ("explain",)])
+def test_there_is_no_verdict_before_the_last_stage(
+    csr: Call, run: Path, words: tuple[str, ...]
+) -> None:
+    image = () if words[0] != "explain" else ("--id", "glyph_000000")
+    code, out, err = csr(*words, *image, "--run", str(run / "best_model_stage1.pth"), "--cpu")
+    assert (code, out) == (2, "")
+    assert "of stage concept, so there is no verdict" in err

@@ -71,6 +71,64 @@ def test_a_later_stage_needs_an_earlier_one(new_run: NewRun, stage: Any) -> None
         train(run.settings, run, [stage])
 
 
+def test_weights_of_too_early_a_stage_are_refused(finished_run: Path, new_run: NewRun) -> None:
+    start = str(finished_run / "best_model_stage1.pth")
+    with new_run() as run, pytest.raises(UserError, match="of stage concept, too early"):
+        train(run.settings, run, ["task"], start)
+
+
+def test_what_trained_elsewhere_does_not_validate_here(finished_run: Path, new_run: NewRun) -> None:
+    with new_run(train__seed=1) as run, pytest.raises(UserError) as refused:
+        train(run.settings, run, ["prototype"], str(finished_run))
+    assert "images that validate here" in refused.value.message
+
+
+@pytest.mark.parametrize(("kind", "stage"), [("concepts", "concept"), ("targets", "task")])
+def test_labels_that_choose_no_epoch_are_refused_before_anything(
+    new_run: NewRun, kind: str, stage: Any
+) -> None:
+    with new_run() as run:
+        training = Training(run.settings, run)
+        training.check_labels(stage)
+        getattr(training.data.val, kind)[:] = 1
+        with pytest.raises(UserError, match=f"of none of the {kind}"):
+            training.check_labels(stage)
+
+
+def test_a_resumed_run_goes_on_with_its_own_stages(
+    finished_run: Path, csr: Command, tiny_words: tuple[str, ...], tmp_path: Path
+) -> None:
+    folder = tmp_path / "third"
+    words = ("--from", str(finished_run), "--stage", "3", "--out", str(folder))
+    assert csr("train", *tiny_words, *words)[0] == 0
+    assert csr("train", "--resume", str(folder), "--cpu")[0] == 0
+    assert not (folder / "best_model_stage1.pth").exists()
+    assert json.loads((folder / "run.json").read_text())["stages"] == ["task"]
+
+
+def test_curation_needs_prototypes_that_are_there(new_run: NewRun, tmp_path: Path) -> None:
+    with (
+        new_run(task__curation=tmp_path / "x.toml") as run,
+        pytest.raises(UserError, match="goes with --stage task"),
+    ):
+        train(run.settings, run, STAGES)
+
+
+def test_the_norm_is_that_of_what_has_a_say(finished_run: Path, new_run: NewRun, tmp_path) -> None:
+    file = tmp_path / "curation.toml"
+    entry = '[[prototypes]]\nconcept = "ring"\nindex = {}\nkeep = false\n'
+    file.write_text("".join(entry.format(index) for index in range(4)))
+    with new_run(task__curation=file, model__task_input="max") as run:
+        train(run.settings, run, ["task"], str(finished_run))
+        training = Training(run.settings, run)
+        state = weights(run.folder / "final_model.pth")
+        training.model.load_state_dict(state)
+        scores = training.outputs(training.data.train, "similarity_scores").similarity_scores
+    assert torch.allclose(state["task_mean"][1], scores[:, 1, 4].mean(), atol=1e-5)
+    inputs = training.model.task_inputs(scores.to(run.device))
+    assert torch.allclose(inputs.mean(0), torch.zeros(4), atol=1e-4)
+
+
 def test_the_first_stage_begins_with_no_run(csr: Command, tiny_words: tuple[str, ...]) -> None:
     code, _, err = csr("train", *tiny_words, "--from", "latest")
     assert code == 2
@@ -197,7 +255,7 @@ def test_values_of_the_stages_stand_side_by_side(
     from moectl.engine.tracking import Trackers
 
     names: set[str] = set()
-    monkeypatch.setattr(Trackers, "log", lambda _, row, update: names.update(row))
+    monkeypatch.setattr(Trackers, "log", lambda _, row, *__: names.update(row))
     with new_run() as run:
         train(run.settings, run, STAGES)
     assert {f"{stage}/train/loss" for stage in STAGES} <= names

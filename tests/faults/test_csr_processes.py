@@ -24,7 +24,8 @@ from moectl.engine.sources import Stream
 
 root, batch = Path(sys.argv[1]), int(sys.argv[2])
 given = {
-    "data.dataset": "synthetic", "data.image_size": 64, "data.synthetic_images": 63,
+    "data.dataset": "synthetic", "data.image_size": 64, "data.synthetic_images": 62,
+    "data.val_fraction": 0.13,
     "data.workers": 0, "data.normalize": "dataset", "model.backbone_type": "tiny",
     "model.pretrained": False, "model.projection": 8, "train.precision": "no",
     "train.tensorboard": False, "train.batch_size": batch, "optim.name": "sgd", "optim.lr": 0.05,
@@ -57,6 +58,7 @@ for mode in ("images", "features"):
     everyone = gather_objects(accelerator, seen)
     if accelerator.is_main_process:
         (root / mode / "seen.json").write_text(json.dumps(everyone))
+accelerator.end_training()
 """
 SIZES = {"one": ("16", 1), "two": ("8", 2)}
 
