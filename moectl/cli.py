@@ -49,6 +49,16 @@ CONTENTS: dict[str, tuple[str, dict[str, str]]] = {
             "convert": "Bring a .pth of the original code into a run folder.",
         },
     ),
+    "diffusion": (
+        "Images from noise by convolutional experts and bands of frequency.",
+        {
+            "train": "Train the network that predicts noise.",
+            "sample": "Make images.",
+            "eval": "Measure samples, loss and the use of the experts.",
+            "ablate": "Train variants of the network on equals, and compare them.",
+            "test-model": "Check that the network and its variants compute, and what they cost.",
+        },
+    ),
     "presets": (
         "Ready-made settings.",
         {

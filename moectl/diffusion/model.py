@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
-from moectl.diffusion.blocks import Form, TimeEmbedding, block
+from moectl.diffusion.blocks import Form, MixtureBlock, TimeEmbedding, block
 from moectl.diffusion.experts import Dispatch
 from moectl.diffusion.frequency import BandModule, ChannelGain
 
@@ -120,6 +120,7 @@ class UNet(nn.Module):
             dispatch=dispatch,
         )
         self.num_classes, self.checkpointing = num_classes, checkpointing
+        self.num_experts, self.k_active = form.num_experts, k_active
         self.levels = len(channel_mults)
         widths = [model_channels * mult for mult in channel_mults]
         first, last = model_channels, widths[-1]
@@ -151,6 +152,12 @@ class UNet(nn.Module):
             nn.init.zeros_(head.weight)
             nn.init.zeros_(head.bias)  # type: ignore[arg-type]
         self.output_proj = nn.Sequential(nn.GroupNorm(8, first), nn.GELU(), head)
+        self.blocks = sum(isinstance(part, MixtureBlock) for part in self.modules())
+        """Blocks of experts."""
+        if not own and not moe:  # that form tells the routers alone of the class, and so on
+            self.class_embed.requires_grad_(False)
+            if not freq:
+                self.time_embed.requires_grad_(False)
 
     def forward(self, x: Tensor, t: Tensor, c: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Predict the noise.

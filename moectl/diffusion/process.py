@@ -39,6 +39,7 @@ class GaussianDiffusion(nn.Module):
     """
 
     alphas: Tensor
+    """(T,) float32."""
 
     def __init__(
         self,
@@ -48,8 +49,9 @@ class GaussianDiffusion(nn.Module):
     ) -> None:
         super().__init__()
         self.steps, self.prediction = steps, prediction
-        alphas = (1 - betas(schedule, steps)).cumprod(0)
-        self.register_buffer("alphas", alphas.float(), persistent=False)
+        self.betas = betas(schedule, steps)
+        """(T,) float64, on the CPU."""
+        self.register_buffer("alphas", (1 - self.betas).cumprod(0).float(), persistent=False)
 
     def _at(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """Return the factors of image and noise at steps (B,), (B, 1, 1, 1)."""
@@ -78,3 +80,10 @@ class GaussianDiffusion(nn.Module):
         if self.prediction == "epsilon":
             return (x - rest * predicted) / signal
         return signal * x - rest * predicted
+
+    def noise(self, x: Tensor, t: Tensor, predicted: Tensor) -> Tensor:
+        """Return the noise that a prediction for noised images x stands for."""
+        if self.prediction == "epsilon":
+            return predicted
+        signal, rest = self._at(t, x)
+        return signal * predicted + rest * x

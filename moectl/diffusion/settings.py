@@ -24,9 +24,9 @@ class DataSection(Section):
     image_size: Annotated[int, Flag("--image-size"), Field(ge=4)] = 64
     """Side of the images, in pixels."""
     hflip: Annotated[bool, Flag("--hflip")] = True
-    """Mirror training images at random."""
-    val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
-    """Share of the images that are held out to measure the loss, where no test set is."""
+    """Mirror training images at random; digits never are."""
+    val_fraction: Annotated[float, Flag("--val-fraction"), Field(gt=0, lt=1)] = 0.05
+    """Share of the images that are held out to measure, where there is no test set."""
     download: bool = True
     """Fetch a named public data set that is missing."""
     workers: Annotated[int, Flag("--workers"), Field(ge=0)] = 4
@@ -119,10 +119,12 @@ class DiffusionTrain(TrainSection):
     """Seed of the initial weights, the order of the samples and every random choice."""
     ema_decay: Annotated[float, Flag("--ema-decay"), Field(ge=0, lt=1)] = 0.9999
     """Decay of the averaged weights; 0 for none."""
-    save_every: Annotated[int, Flag("--save-every"), Field(ge=1)] = 1
-    """Epochs between weights files."""
-    sample_every: Annotated[int, Flag("--sample-every"), Field(ge=0)] = 0
-    """Epochs between grids of samples; 0 for none."""
+    log_every: Annotated[int, Flag("--log-every"), Field(ge=0)] = 100
+    """Updates between rows of running means, here and in metrics.csv; 0 for epoch ends only."""
+    save_every: Annotated[int, Flag("--save-every"), Field(ge=1)] = 10
+    """Epochs between weights files; the last epoch always writes one."""
+    sample_every: Annotated[int, Flag("--sample-every"), Field(ge=0)] = 10
+    """Epochs between pictures of samples; 0 for none."""
 
 
 class SampleSection(Section):

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,8 @@ class Step:
         """Optimiser updates done before this one."""
         self.epoch = chunk.epoch
         """Epochs done before this one."""
+        self.slots, self.size = chunk.slots, chunk.size
+        """Positions of these samples inside the batch of this update, and its size."""
         self.share = len(chunk.rows) / chunk.size
         """Share of the batch of this update that is here."""
         self.ends_update = chunk.ends_update
@@ -147,6 +149,11 @@ class Loop:
             for buffer in self.module.buffers():
                 torch.distributed.broadcast(buffer, 0)
         return self.module.eval()
+
+    def means(self, over: Literal["epoch", "window"]) -> dict[str, float]:
+        """Return the means of loss and parts so far, over all processes."""
+        found = self.epoch_means if over == "epoch" else self.window
+        return mean_over(gather_objects(self.accelerator, found.state()))
 
     @property
     def patience_ends(self) -> bool:

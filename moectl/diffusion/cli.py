@@ -1,0 +1,51 @@
+"""The commands of diffusion."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from moectl.diffusion.settings import DiffusionSettings
+from moectl.engine import console
+from moectl.engine.command import Request, command, open_run
+
+
+def _size(settings: Any) -> dict[str, Any]:
+    from moectl.diffusion.size import size
+
+    return size(settings)
+
+
+_TRAINED = ("data", "model", "process", "loss", "optim", "schedule", "train")
+_DROPPED = {"--config": "use --preset or --set", "--device": "use --cpu, or nothing for a GPU"}
+
+
+@command(DiffusionSettings, _TRAINED, train=True, size=_size, dropped=_DROPPED)
+def train(request: Request) -> None:
+    """Train the network that predicts noise."""
+    from moectl.diffusion.train import train as run_training
+
+    with open_run(request) as run:
+        run_training(run.settings, run)
+    console.result({**run.record, "folder": str(run.folder)}, str(run.folder))
+
+
+@command(DiffusionSettings, ("sample",), train=False, reads=("train",), alias="--checkpoint")
+def sample(
+    request: Request,
+    num: Annotated[int, typer.Option("--num", min=1, help="Images to make.")] = 64,
+    classes: Annotated[
+        str,
+        typer.Option("--classes", help="Names or numbers with commas, in turn; all, or none."),
+    ] = "all",
+    save_dir: Annotated[
+        Path | None, typer.Option("--save-dir", help="Folder of the images; new, or empty.")
+    ] = None,
+    npz: Annotated[
+        bool, typer.Option("--npz", help="Write them as one array too, for other evaluators.")
+    ] = False,
+) -> None:
+    """Make images."""
+    from moectl.diffusion.sample import run_sample
+
+    console.result(*run_sample(request, num, classes, save_dir, npz))

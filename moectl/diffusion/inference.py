@@ -1,0 +1,124 @@
+"""Opening a trained network."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moectl.diffusion.data import Data, load
+from moectl.diffusion.model import UNet, build
+from moectl.diffusion.process import GaussianDiffusion
+from moectl.diffusion.settings import DiffusionSettings
+from moectl.engine import artefact
+from moectl.engine.command import Request
+from moectl.engine.errors import UserError
+from moectl.engine.files import is_file
+from moectl.engine.launch import build_accelerator
+from moectl.engine.references import find_weights
+from moectl.engine.run import read_record
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A trained network and how it was trained."""
+
+    model: UNet
+    """In evaluation mode, on the accelerator's device."""
+    diffusion: GaussianDiffusion
+    settings: DiffusionSettings
+    accelerator: "Accelerator"
+    facts: dict[str, Any]
+    """The sidecar of the weights."""
+    weights: dict[str, Any]
+    """`file`, `sha256`, `epoch`, and whether they are the `ema`."""
+    folder: Path
+    """Of the run."""
+    tag: str
+    """Of the weights, for names of files."""
+
+    @property
+    def class_names(self) -> list[str]:
+        """Of the classes, in the order of their labels."""
+        return list(self.facts["class_names"])
+
+    @property
+    def image_size(self) -> int:
+        """Side of the images it was trained on, in pixels."""
+        return int(self.facts["image_size"])
+
+    @property
+    def guidable(self) -> bool:
+        """Whether it knows the class "none"."""
+        return bool(self.facts["arguments"]["null_class"])
+
+    @cached_property
+    def data(self) -> Data:
+        """The images that it was trained on, and those held out.
+
+        Raises:
+            UserError: if they are not those of its training.
+        """
+        data = load(self.settings.data)
+        if data.facts["digest"] != self.facts["digest"]:
+            raise UserError(
+                f"{self.folder}: was trained on other images than those of data.dataset ="
+                f" {self.settings.data.dataset} in {self.settings.data.root}"
+                f" ({self.facts['images']} then, {data.facts['images']} now, or other contents)"
+            )
+        return data
+
+
+def open_network(request: Request) -> Opened:
+    """Open the weights that a request names: averaged ones if `sample.ema` says so.
+
+    Raises:
+        UserError: if they are no network's of this room.
+    """
+    settings: Any = request.settings
+    path = Path(request.run) if is_file(Path(request.run)) else find_weights(request.run, "diffusion")
+    weights = artefact.load(path)
+    model, ema = rebuild(weights, ema=settings.sample.ema)
+    precision = str(read_record(path.parent)["precision"])
+    accelerator = build_accelerator(settings.train, request.cpu, precision)
+    return Opened(
+        model=model.to(accelerator.device).eval(),
+        diffusion=GaussianDiffusion(**weights.facts["process"]).to(accelerator.device),
+        settings=settings,
+        accelerator=accelerator,
+        facts=weights.facts,
+        weights={
+            "file": path.name,
+            "sha256": weights.sha256,
+            "epoch": weights.facts["epoch"],
+            "ema": ema,
+        },
+        folder=path.parent,
+        tag=f"{path.stem}{'' if ema else '_raw'}",
+    )
+
+
+def rebuild(weights: artefact.Artefact, *, ema: bool) -> tuple[UNet, bool]:
+    """Build the network that a sidecar describes.
+
+    Args:
+        weights: of a training.
+        ema: whether the averaged weights are wanted.
+
+    Returns:
+        The network, and whether it has the averaged weights: a training may have kept none.
+
+    Raises:
+        UserError: if there is no such sidecar.
+    """
+    if weights.facts.get("model") != "UNet":
+        raise UserError(
+            f"{weights.path}: has no {weights.path.name}.json of diffusion beside it",
+            "expected weights that moectl diffusion train wrote",
+        )
+    model = build(weights.facts["arguments"])
+    averaged = ema and "ema_state_dict" in weights.payload
+    model.load_state_dict(weights.payload["ema_state_dict" if averaged else "model_state_dict"])
+    return model, averaged

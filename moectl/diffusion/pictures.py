@@ -1,0 +1,112 @@
+"""Pictures of samples, curves, and what the experts do.
+
+Letters: N images, S pixels of a side, L blocks, E experts, J spans of steps.
+"""
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moectl.engine import plot
+from moectl.engine.files import write_bytes
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from torch import Tensor
+
+    from moectl.diffusion.model import UNet
+    from moectl.diffusion.process import GaussianDiffusion
+    from moectl.diffusion.settings import DiffusionSettings
+
+_ROWS, _COLUMNS = 10, 8  # of the picture that a training draws
+_STEPS = 20
+
+
+def write_samples(  # noqa: PLR0913 - what making images takes
+    path: Path,
+    model: "UNet",
+    diffusion: "GaussianDiffusion",
+    accelerator: "Accelerator",
+    classes: int,
+    settings: "DiffusionSettings",
+) -> None:
+    """Draw samples of every class, a row each, from the same noise every time.
+
+    They are made in this process alone, by 20 steps of DPM-Solver++.
+    """
+    import torch
+
+    from moectl.diffusion.solvers import denoise, first_noise, guided
+
+    labels = torch.arange(min(classes, _ROWS)).repeat_interleave(_COLUMNS)
+    seeds = range(len(labels))
+    ask = guided(model, labels.to(accelerator.device), 1.0)
+    noise = first_noise(seeds, settings.data.image_size).to(accelerator.device)
+    with accelerator.autocast():
+        images = denoise(ask, diffusion, noise, seeds, sampler="dpmpp", steps=_STEPS)
+    write_grid(path, images, _COLUMNS)
+
+
+def write_grid(path: Path, images: "Tensor", columns: int = 0) -> None:
+    """Write images (N, 3, S, S) in -1 to 1 side by side as a PNG; about square if not told."""
+    from torchvision.utils import make_grid
+
+    from moectl.diffusion.features import to_bytes
+
+    columns = columns or math.ceil(math.sqrt(len(images)))
+    grid = make_grid(to_bytes(images).cpu(), nrow=columns, padding=2, pad_value=255)
+    write_png(path, enlarged(grid))
+
+
+def enlarged(image: "Tensor") -> "Tensor":
+    """Repeat the pixels of a small image (3, H, W), so that a person sees them."""
+    factor = max(1, 480 // max(image.shape[1:]))
+    return image.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
+
+
+def write_png(path: Path, image: "Tensor") -> None:
+    """Write an image (3, H, W) uint8 whole or not at all."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(buffer, format="png")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(path, buffer.getvalue())
+
+
+def learning_curve(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
+    """Draw the losses over the epochs, from the rows of metrics.csv that end one."""
+    names = {"train/dm_loss": "training, weights at hand", "val/loss": "held out, averaged weights"}
+    curves = {
+        words: [(float(row["epoch"]), float(row[name])) for row in rows if row.get(name)]
+        for name, words in names.items()
+    }
+    plot.lines(
+        path,
+        {
+            words: ([x for x, _ in points], [y for _, y in points])
+            for words, points in curves.items()
+        },
+        title="Mean squared error of the noise",
+        x_label="epoch",
+        y_label="loss",
+        scale="log",
+    )
+
+
+def loss_by_step(path: Path, curves: Mapping[str, Sequence[float | None]], steps: int) -> None:
+    """Draw the loss over the steps of the process, a curve for each name."""
+    spans = len(next(iter(curves.values())))
+    middles = [(span + 0.5) * steps / spans for span in range(spans)]
+    plot.lines(
+        path,
+        {name: (middles, list(values)) for name, values in curves.items()},
+        title="Mean squared error of the noise, held-out images",
+        x_label="step of the process",
+        y_label="loss",
+        scale="log",
+    )
+
+

@@ -1,0 +1,233 @@
+"""Training of the network that predicts noise."""
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
+
+from moectl import __version__
+from moectl.diffusion.data import Data, load
+from moectl.diffusion.losses import balance_loss, loss_weights
+from moectl.diffusion.measures import by_step, noise_errors
+from moectl.diffusion.model import UNet, build
+from moectl.diffusion.pictures import write_samples
+from moectl.diffusion.process import GaussianDiffusion
+from moectl.diffusion.report import report
+from moectl.diffusion.settings import DiffusionSettings
+from moectl.diffusion.usage import Usage
+from moectl.diffusion.variants import arguments_of
+from moectl.engine.loop import Loop, Step
+from moectl.engine.optim import build_optimizer, build_schedule
+from moectl.engine.run import Run
+from moectl.engine.seeding import key, seed_all
+from moectl.engine.settings import dump
+
+log = logging.getLogger(__name__)
+
+_HELD_OUT = 1000  # images that the loss is measured on after an epoch
+
+
+def train(settings: DiffusionSettings, run: Run[DiffusionSettings]) -> None:
+    """Train the network, measure it on held-out images, and write samples and the report.
+
+    Args:
+        settings: of the run.
+        run: the run.
+    """
+    data = load(settings.data)
+    arguments = arguments_of(settings, len(data.class_names))
+    seed_all(settings.train.seed, "init")
+    model = build(arguments)
+    diffusion = GaussianDiffusion(**_process(settings)).to(run.device)
+    averaged = average(model, settings.train.ema_decay).to(run.device)
+    usage = Usage(
+        model.blocks, model.num_experts, model.k_active, run.accelerator.num_processes
+    ).to(run.device)
+    trained = [weights for weights in model.parameters() if weights.requires_grad]
+    optimizer = build_optimizer(settings.optim, trained)
+    schedule = build_schedule(settings.schedule, settings.optim.lr, settings.train.epochs)
+    loop = run.loop(model, data.train, optimizer, schedule)
+    loop.track(ema=averaged, usage=usage)
+    weights = loss_weights(
+        diffusion.alphas, settings.loss.weight, diffusion.prediction, settings.loss.gamma
+    )
+    _introduce(run, model, data)
+    loop.rehearse(lambda: _measure(loop, averaged, diffusion, data, limit=1))
+
+    for step in loop:
+        images, labels = step.batch
+        t, noise, labels = draw(settings, step, images, labels, model)
+        x = diffusion.add_noise(images, t, noise)
+        predicted, logits = loop.model(x, t, labels)
+        errors = (predicted.float() - diffusion.target(images, t, noise)).square().mean((1, 2, 3))
+        dm_loss = (weights[t] * errors).mean()
+        load_loss = dm_loss.new_zeros(())
+        if logits:
+            shares = usage.add(logits, ends_update=step.ends_update)
+            found = balance_loss(logits, settings.loss.balance, shares)
+            load_loss = load_loss if found is None else found
+        loss = dm_loss + settings.loss.lambda_load * load_loss
+        step.update(loss, dm_loss=dm_loss, load_loss=load_loss)
+        if step.ends_update:
+            averaged.update_parameters(model)
+            _say(loop, step)
+        if step.ends_epoch:
+            if logits:
+                _report_load(step, usage)
+            step.score(_measure(loop, averaged, diffusion, data))
+            _keep(loop, averaged, diffusion, data, arguments, step.epoch + 1)
+
+    _finish(loop, data)
+
+
+def _process(settings: DiffusionSettings) -> dict[str, Any]:
+    return settings.process.model_dump()
+
+
+def average(model: UNet, decay: float) -> AveragedModel:
+    """Return a copy of a network that follows it: slowly, but not in the first updates.
+
+    Args:
+        model: the network.
+        decay: of the average after many updates; after n it is at most (1 + n) / (10 + n). With 0
+            the copy is the network as it is.
+    """
+
+    def follow(averages: list[Tensor], current: list[Tensor], count: Tensor | int) -> None:
+        done = int(count)
+        torch._foreach_lerp_(averages, current, 1 - min(decay, (1 + done) / (10 + done)))
+
+    return AveragedModel(model, multi_avg_fn=follow)
+
+
+def draw(
+    settings: DiffusionSettings, step: Step, images: Tensor, labels: Tensor, model: UNet
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw step and noise of each image, and hide some of the classes.
+
+    The whole batch is drawn in every process: the numbers do not depend on how it is dealt out.
+
+    Returns:
+        (B,) steps, noise of the size of the images, and (B,) classes.
+    """
+    device = images.device
+    generator = torch.Generator(device).manual_seed(key(settings.train.seed, "noise", step.index))
+    t = torch.randint(settings.process.steps, (step.size,), generator=generator, device=device)
+    hidden = torch.rand(step.size, generator=generator, device=device) < settings.loss.p_uncond
+    noise = torch.randn(step.size, *images.shape[1:], generator=generator, device=device)
+    slots = step.slots.to(device, non_blocking=True)
+    return t[slots], noise[slots], labels.masked_fill(hidden[slots], model.num_classes)
+
+
+def _introduce(run: Run[Any], model: UNet, data: Data) -> None:
+    settings = run.settings.model
+    switches = ", ".join(
+        f"{name} {'on' if on else 'off'}"
+        for name, on in (("MoE", settings.moe), ("Freq", settings.freq), ("DS-Conv", settings.dsconv))
+    )
+    count = sum(weights.numel() for weights in model.parameters())
+    log.info(
+        "%s: %s; %s; %.2fM parameters; %d images of %d classes, %d held out",
+        run.folder, switches, run.device, count / 1e6, len(data.train), len(data.class_names),
+        len(data.test),
+    )  # fmt: skip
+
+
+def _say(loop: Loop, step: Step) -> None:
+    """Write the means so far, in the words of the original."""
+    if step.ends_epoch:
+        means = loop.means("epoch")
+        place, words = f"[Epoch {step.epoch + 1}/{loop.settings.epochs}]", "Avg "
+    elif (every := loop.settings.log_every) and (step.index + 1) % every == 0:
+        means = loop.means("window")
+        place, words = f"[Epoch {step.epoch + 1}, Step {step.index + 1}]", ""
+    else:
+        return
+    log.info(
+        "%s %sLoss: %.4f, %sDM Loss: %.4f, %sLoad Loss: %.4f",
+        place, words, means["loss"], words, means["dm_loss"], words, means["load_loss"],
+    )  # fmt: skip
+
+
+def _report_load(step: Step, usage: Usage) -> None:
+    found = usage.summary()
+    step.log(**found)
+    if found["load/dead"]:
+        log.warning("%d experts saw no image in epoch %d", found["load/dead"], step.epoch + 1)
+
+
+def _measure(
+    loop: Loop, averaged: AveragedModel, diffusion: GaussianDiffusion, data: Data, limit: int = 0
+) -> dict[str, float | None]:
+    """Measure the averaged weights on held-out images, at all steps and in tenths of them."""
+    t, errors = noise_errors(
+        averaged.module.eval(),
+        diffusion,
+        data.test,
+        loop.accelerator,
+        batch_size=max(loop.settings.batch_size, 32),
+        limit=limit or _HELD_OUT,
+    )
+    spans = by_step(t, errors, diffusion.steps)
+    return {
+        "val/loss": float(errors.mean()),
+        **{f"loss_by_step/{number}": value for number, value in enumerate(spans)},
+    }
+
+
+def _keep(  # noqa: PLR0913 - what a weights file is made of
+    loop: Loop,
+    averaged: AveragedModel,
+    diffusion: GaussianDiffusion,
+    data: Data,
+    arguments: dict[str, Any],
+    epoch: int,
+) -> None:
+    """Write weights and pictures of samples, where an epoch is due."""
+    run, settings = loop.run, loop.run.settings
+    last = epoch == settings.train.epochs
+    every = settings.train.sample_every
+    if run.is_main and every and (last or epoch % every == 0):
+        path = run.folder / "samples" / f"epoch_{epoch}.png"
+        classes = len(data.class_names)
+        model = averaged.module.eval()
+        write_samples(path, model, diffusion, run.accelerator, classes, settings)
+    if not last and epoch % settings.train.save_every:
+        return
+    facts = {
+        "model": "UNet",
+        "arguments": arguments,
+        "process": _process(settings),
+        "class_names": data.class_names,
+        **data.facts,
+        "moectl": __version__,
+    }
+    payload = {
+        "epoch": epoch - 1,  # as the original counts
+        "model_state_dict": loop.module.state_dict(),
+        "optimizer_state_dict": loop.optimizer.state_dict(),
+        "loss": loop.means("epoch")["loss"],
+        "config": dump(settings),
+        "format_version": 1,
+    }
+    if settings.train.ema_decay:
+        payload["ema_state_dict"] = averaged.module.state_dict()
+    name = f"checkpoint_epoch_{epoch}.pth"
+    run.save_weights(name, payload, facts, epoch=epoch)
+    log.info("Saved checkpoint: %s", run.folder / name)
+
+
+def _finish(loop: Loop, data: Data) -> None:
+    run = loop.run
+    rows = [row for row in loop.metrics.rows() if row.get("val/loss")]
+    last = {name: float(rows[-1][name]) for name in ("train/loss", "train/dm_loss", "val/loss")}
+    run.note(
+        scores={"last": {"epoch": loop.epoch, **last}},
+        wall_seconds=round(run.elapsed_seconds, 3),
+        data=data.facts,
+    )
+    if run.is_main:
+        report(run.folder)
+    log.info("held-out loss %.4f after %d epochs", last["val/loss"], loop.epoch)

@@ -1,0 +1,68 @@
+"""How many images each expert of each block gets.
+
+Letters: B images, L blocks of experts, E experts, K chosen experts.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from moectl.diffusion.losses import load, shares
+
+
+def counts(logits: Sequence[Tensor], k_active: int) -> Tensor:
+    """Return the assignments of every expert, (L, E), from the routers' logits (B, E) each."""
+    return torch.stack([shares(one, k_active) * (len(one) * k_active) for one in logits])
+
+
+class Usage(nn.Module):
+    """Counts assignments over the processes: of the update at hand, and of the epoch.
+
+    Args:
+        blocks: L.
+        experts: E.
+        k_active: K.
+        processes: how many count.
+    """
+
+    epoch: Tensor
+    """(L, E) assignments of this epoch so far; saved with the training state."""
+
+    def __init__(self, blocks: int, experts: int, k_active: int, processes: int) -> None:
+        super().__init__()
+        self.k_active, self.processes = k_active, processes
+        self.register_buffer("epoch", torch.zeros(blocks, experts))
+        self.register_buffer("update", torch.zeros(blocks, experts), persistent=False)
+
+    def add(self, logits: Sequence[Tensor], *, ends_update: bool) -> Tensor:
+        """Count a micro-batch, and return the shares of the update so far, (L, E).
+
+        Routing is per image: a micro-batch of one process has too few of them for its own shares to
+        say anything about the load.
+
+        Source: Qiu et al. 2025 (balance over the global batch).
+        """
+        own = counts(logits, self.k_active)
+        if self.processes > 1:
+            torch.distributed.all_reduce(own)
+        self.epoch += own
+        so_far = self.update + own
+        self.update = torch.zeros_like(so_far) if ends_update else so_far
+        return so_far / so_far.sum(1, keepdim=True)
+
+    def summary(self) -> dict[str, float]:
+        """Describe the epoch, and begin the next one.
+
+        Returns:
+            Of the worst block: the largest share of an expert times E, and the entropy over log E;
+            of all blocks the number of experts without an image.
+        """
+        found = [load(one / one.sum()) for one in self.epoch]
+        words = {
+            "load/largest": float(torch.stack([one.largest for one in found]).max()),
+            "load/entropy": float(torch.stack([one.entropy for one in found]).min()),
+            "load/dead": float((self.epoch == 0).sum()),
+        }
+        self.epoch.zero_()
+        return words
