@@ -49,3 +49,11 @@ def sample(
     from moectl.diffusion.sample import run_sample
 
     console.result(*run_sample(request, num, classes, save_dir, npz))
+
+
+@command(DiffusionSettings, ("sample", "eval"), train=False, reads=("train",), alias="--checkpoint")
+def eval_(request: Request) -> None:
+    """Measure samples, loss and the use of the experts."""
+    from moectl.diffusion.eval import run_eval
+
+    console.result(*run_eval(request))

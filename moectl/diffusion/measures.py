@@ -1,10 +1,12 @@
-"""What a network's loss is at each step of the process, on held-out images.
+"""What a network's loss is at each step of the process, and whom its routers choose.
 
-Letters: N images, B of them at a time, T diffusion steps, J buckets of steps.
+Letters: N measurements, B images at a time, L blocks of experts, E experts, K chosen experts,
+C classes, T diffusion steps, J spans of steps.
 """
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,32 +17,46 @@ from moectl.engine.seeding import key
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from torch import nn
 
+    from moectl.diffusion.model import UNet
     from moectl.engine.sources import Source
 
-BUCKETS = 10
+SPANS = 10
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
 
-def step_of(index: int, steps: int) -> int:
-    """Return the step at which an image is measured: any run of images covers all steps evenly."""
-    return int(((index + 0.5) * _GOLDEN % 1) * steps)
+class Held(NamedTuple):
+    """What was measured on held-out images, on the CPU."""
+
+    t: Tensor
+    """(N,) the step at which each image was noised."""
+    labels: Tensor
+    """(N,) its class."""
+    errors: Tensor
+    """(N,) mean squared error of the noise."""
+    chosen: Tensor
+    """(N, L, K) the experts that saw it."""
+
+
+def step_of(place: int, steps: int) -> int:
+    """Return the step at which a measurement is made: any run of them covers all steps evenly."""
+    return int(((place + 0.5) * _GOLDEN % 1) * steps)
 
 
 @torch.no_grad()
-def noise_errors(  # noqa: PLR0913 - what a measurement is made of
-    model: "nn.Module",
+def measure(  # noqa: PLR0913 - what a measurement is made of
+    model: "UNet",
     diffusion: GaussianDiffusion,
     source: "Source",
     accelerator: "Accelerator",
     *,
     batch_size: int,
     limit: int = 0,
-) -> tuple[Tensor, Tensor]:
-    """Noise each image at its own step and compare what is predicted with that noise.
+    rounds: int = 1,
+) -> Held:
+    """Noise images, each at a step of its own, and compare what is predicted with that noise.
 
-    An image's step and noise follow from its place alone, so two networks are compared on equals.
+    Step and noise follow from the place of an image alone, so networks are compared on equals.
 
     Args:
         model: in evaluation mode.
@@ -49,36 +65,77 @@ def noise_errors(  # noqa: PLR0913 - what a measurement is made of
         accelerator: devices and processes, over which the images are dealt.
         batch_size: images per forward pass.
         limit: about how many images; 0 takes all.
-
-    Returns:
-        (N,) the steps, and (N,) the mean squared errors of the noise.
+        rounds: measurements of each image, at other steps.
     """
+    found = [
+        _round(model, diffusion, source, accelerator, batch_size, limit, number * len(source))
+        for number in range(rounds)
+    ]
+    rows = torch.cat(found)
+    chosen = rows[:, 3:].long().view(len(rows), -1, model.k_active)
+    return Held(rows[:, 0].long(), rows[:, 1].long(), rows[:, 2], chosen)
+
+
+def _round(  # noqa: PLR0913
+    model: "UNet",
+    diffusion: GaussianDiffusion,
+    source: "Source",
+    accelerator: "Accelerator",
+    batch_size: int,
+    limit: int,
+    first: int,
+) -> Tensor:
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     rows, done = [], 0
     for images, labels in source.ordered(batch_size, device, rank, world):
-        places = [rank + world * (done + row) for row in range(len(images))]
+        places = [first + rank + world * (done + row) for row in range(len(images))]
         done += len(images)
         t = torch.tensor([step_of(place, diffusion.steps) for place in places]).to(device)
         noise = torch.stack([_noise(place, images.shape[1:]) for place in places]).to(device)
         x = diffusion.add_noise(images, t, noise)
         with accelerator.autocast():
-            predicted = model(x, t, labels)[0]
-        found = diffusion.noise(x, t, predicted.float())
-        rows.append(torch.stack([t.float(), (found - noise).square().mean((1, 2, 3))], 1))
+            predicted, logits = model(x, t, labels)
+        error = diffusion.noise(x, t, predicted.float()) - noise
+        columns = [t, labels, error.square().mean((1, 2, 3))]
+        chosen = [one.topk(model.k_active, dim=1).indices for one in logits]
+        rows.append(torch.cat([torch.stack(columns, 1), *chosen], 1))
         if limit and done * world >= limit:
             break
-    found = gather_rows(accelerator, torch.cat(rows), len(source)).cpu()
-    return found[:, 0].long(), found[:, 1]
+    return gather_rows(accelerator, torch.cat(rows), len(source)).cpu()
 
 
 def _noise(place: int, shape: torch.Size) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(key("held out", place)))
 
 
-def by_step(t: Tensor, errors: Tensor, steps: int) -> list[float | None]:
-    """Return the mean error in each of J equal spans of the steps; None where no image fell."""
-    spans = t * BUCKETS // steps
-    return [
-        float(errors[spans == span].mean()) if bool((spans == span).any()) else None
-        for span in range(BUCKETS)
-    ]
+def by_step(held: Held, steps: int) -> list[float | None]:
+    """Return the mean error in each of J equal spans of the steps; None where nothing fell."""
+    spans = held.t * SPANS // steps
+    found = [held.errors[spans == span] for span in range(SPANS)]
+    return [float(errors.mean()) if len(errors) else None for errors in found]
+
+
+def usage(chosen: Tensor, groups: Tensor, count: int, experts: int) -> list[list[list[float]]]:
+    """Return of every block the share of each expert in each group of measurements.
+
+    Args:
+        chosen: (N, L, K).
+        groups: (N,) from 0 to count - 1.
+        count: of the groups.
+        experts: E.
+
+    Returns:
+        (L, E, count) shares; over the experts they sum to 1, or to 0 in an empty group.
+    """
+    found = []
+    for block in chosen.unbind(1):
+        places = groups[:, None] * experts + block
+        table = places.flatten().bincount(minlength=count * experts).view(count, experts)
+        shares = table / table.sum(1, keepdim=True).clamp(min=1)
+        found.append(shares.T.tolist())
+    return found
+
+
+def dead(shares: Sequence[Sequence[Sequence[float]]]) -> int:
+    """Count the experts that no group uses."""
+    return sum(not any(expert) for block in shares for expert in block)

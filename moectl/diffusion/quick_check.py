@@ -112,34 +112,32 @@ def _fault(row: dict[str, Any], model: UNet, settings: DiffusionSettings, batch:
 def _remarks(rows: list[dict[str, Any]], settings: dict[str, DiffusionSettings]) -> list[str]:
     """Return sentences on what the rows show."""
     remarks = []
-    names = ("full", "default")
-    whole = next((row for row in rows if row["name"] in names and "macs" in row), None)
-    parts = [_dearer(row, whole, settings) for row in rows if whole and "macs" in row]
-    if whole and any(parts):
-        listed = ", ".join(part for part in parts if part)
-        remarks.append(
-            f"A part less is not cheaper. Multiply-adds, of those of {whole['name']}: {listed}."
-        )
+    whole = next((row for row in rows if row["name"] in ("full", "default")), {})
+    dearer = [row for row in rows if _lacks_a_part_and_is_dearer(row, whole, settings)]
+    if dearer:
+        ratios = "; ".join(f"{row['name']} {_ratios(row, whole)}" for row in dearer)
+        remarks.append(f"A part less than {whole['name']} has, and yet dearer: {ratios}.")
     deaf = [row for row in rows if row["result"] == "ok" and row["without_gradient"]]
     if deaf:
-        listed = ", ".join(f"{row['name']} {len(row['without_gradient'])}" for row in deaf)
-        remarks.append(f"In the original's form nothing reaches some parameters: {listed}.")
+        counts = ", ".join(f"{row['name']} {len(row['without_gradient'])}" for row in deaf)
+        remarks.append(f"Of the original's form some weights get no gradient: {counts}.")
     return remarks
 
 
-def _dearer(
+def _lacks_a_part_and_is_dearer(
     row: dict[str, Any], whole: dict[str, Any], settings: dict[str, DiffusionSettings]
-) -> str:
-    """Say how much dearer a network is that lacks a part of the whole one."""
+) -> bool:
+    if "macs" not in row or "macs" not in whole or row["image_size"] != whole["image_size"]:
+        return False
     own, full = settings[row["name"]].model, settings[whole["name"]].model
-    switches = [(own.moe, full.moe), (own.freq, full.freq), (own.dsconv, full.dsconv)]
-    lacks = any(kept and not here for here, kept in switches)
-    same = row["image_size"] == whole["image_size"]
-    if not (lacks and same and row["macs"] > whole["macs"]):
-        return ""
-    said = f"{row['name']} {row['macs'] / whole['macs']:.2f}"
+    parts = [(own.moe, full.moe), (own.freq, full.freq), (own.dsconv, full.dsconv)]
+    return any(there and not here for here, there in parts) and row["macs"] > whole["macs"]
+
+
+def _ratios(row: dict[str, Any], whole: dict[str, Any]) -> str:
+    said = f"{row['macs'] / whole['macs']:.2f} times the multiply-adds"
     if "step_ms" in row and "step_ms" in whole:
-        said += f" (time of a step {row['step_ms'] / whole['step_ms']:.2f})"
+        said += f", {row['step_ms'] / whole['step_ms']:.2f} times the step"
     return said
 
 
@@ -147,6 +145,8 @@ def _tables(document: dict[str, Any]) -> "list[Table]":
     rows = document["networks"]
     title = f"{document['batch']} random images, float32, {document['device']}"
     networks = console.table(_COLUMNS, [_cells(row) for row in rows], title)
+    for column in networks.columns[1:-2]:
+        column.justify = "right"
     networks.caption = "\n".join(document["remarks"]) or None
     networks.caption_justify = "left"
     stages = list(rows[0].get("stages", {}).items())
@@ -156,8 +156,6 @@ def _tables(document: dict[str, Any]) -> "list[Table]":
 
 
 def _cells(row: dict[str, Any]) -> list[object]:
-    hit, shapes = row.get("experts_hit"), row.get("router_shapes")
-    experts = f"{min(hit)}-{max(hit)} of {shapes[0][1]}" if hit and shapes else None
     return [
         row["name"],
         f"{row['image_size']} px",
@@ -167,10 +165,19 @@ def _cells(row: dict[str, Any]) -> list[object]:
         row.get("forward_ms"),
         row.get("step_ms"),
         row.get("router_logits"),
-        experts,
+        _hit(row),
         len(row["without_gradient"]) if "without_gradient" in row else None,
         row["result"],
     ]
+
+
+def _hit(row: dict[str, Any]) -> str | None:
+    """Write the fewest and the most experts of a block that were hit."""
+    hit = row.get("experts_hit")
+    if not hit:
+        return None
+    least = f"{min(hit)} to " if min(hit) < max(hit) else ""
+    return f"{least}{max(hit)} of {row['router_shapes'][0][1]}"
 
 
 def _thousands(count: int | None) -> str | None:

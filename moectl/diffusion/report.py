@@ -6,8 +6,8 @@ from typing import Any
 
 from moectl.diffusion.pictures import learning_curve, loss_by_step
 from moectl.diffusion.settings import DiffusionSettings
-from moectl.engine.files import write_text
-from moectl.engine.report import image, paragraphs, run_lines, settings_table, table
+from moectl.engine.files import is_file, write_text
+from moectl.engine.report import image, paragraphs, percent, run_lines, settings_table, table
 from moectl.engine.settings import flatten
 from moectl.engine.toml import read_toml
 from moectl.engine.tracking import MetricsFile, loads_or_none
@@ -25,8 +25,13 @@ def report(folder: Path) -> None:
         settings_table(settings, DiffusionSettings(), record),
         _training(folder, rows, int(settings.get("process.steps", 1000))),
     ]
+    evaluations = sorted(folder.glob("evals/*/eval.json"))
+    for path in evaluations:
+        if document := loads_or_none(path):
+            parts += [f"## `{path.parent.name}`", *_evaluation(document)]
     pictures = sorted(folder.glob("plots/*.png"))
     pictures += sorted(folder.glob("samples/epoch_*.png"), key=_epoch)[-1:]
+    pictures += [picture for path in evaluations for picture in sorted(path.parent.glob("*.png"))]
     parts += ["## Pictures"] if pictures else []
     parts += [image(str(path.relative_to(folder)), _caption(path)) for path in pictures]
     write_text(folder / "report.md", paragraphs(parts))
@@ -50,6 +55,63 @@ def _training(folder: Path, rows: list[dict[str, str]], steps: int) -> str:
     shown = [(name, *(_number(row, name) for row in (first, last))) for name in known]
     columns = ("", f"epoch {first['epoch']}", f"epoch {last['epoch']}")
     return "## Training\n\n" + table(columns, shown)
+
+
+def report_again(folder: Path) -> None:
+    """Write the report once more after a measurement, if the folder is that of a run."""
+    if is_file(folder / "run.json"):
+        report(folder)
+
+
+def evaluation_text(document: Mapping[str, Any]) -> str:
+    """Write what one evaluation found, as Markdown."""
+    return paragraphs(_evaluation(document))
+
+
+def _evaluation(document: Mapping[str, Any]) -> list[str]:
+    weights = document["weights"]
+    kind = "averaged weights" if weights["ema"] else "weights of the last update"
+    rows: list[tuple[str, object]] = [
+        ("weights", f"`{weights['file']}`, epoch {weights['epoch']}, {kind}"),
+        (f"loss on {document['held_out']} held-out images", f"{document['loss']:.4f}"),
+    ]
+    if "dead_experts" in document:
+        rows.append(("experts that no image used", document["dead_experts"]))
+    parts = [table(("", ""), rows)]
+    if "sampling" in document:
+        parts += _samples(document)
+    return parts
+
+
+def _samples(document: Mapping[str, Any]) -> list[str]:
+    made = document["sampling"]
+    guidance = f", guidance scale {made['guidance']:g}" if made["guidance"] != 1 else ""
+    eta = f", eta {made['eta']:g}" if made["eta"] else ""
+    parts = [
+        f"{made['num']} samples by {made['sampler']} in {made['steps']} steps{guidance}{eta}, seeds"
+        f" from {made['seed']} on: {made['images_per_second']:.3g} images a second. All images are"
+        " compared as bytes."
+    ]
+    rows = [
+        (
+            one["set"], one["against"], one["images"], one["against_images"],
+            f"{one['frechet']:.3f}", f"{one['kid']:.4f} ± {one['kid_std']:.4f}",
+            f"{one['precision']:.3f}", f"{one['recall']:.3f}",
+        )
+        for one in document["distances"]
+    ]  # fmt: skip
+    columns = (
+        "set", "against", "images", "against", document["distance"], "KID", "precision", "recall"
+    )  # fmt: skip
+    parts.append(table(columns, rows))
+    if document["distance"] != "FID":
+        parts.append(
+            "Features are those of a classifier of the same training images: no figure of the"
+            " literature compares with these. It reads"
+            f" {percent(document['sample_accuracy'])} % of the samples as the class that was asked"
+            f" for, and {percent(document['held_out_accuracy'])} % of the held-out images right."
+        )
+    return [*parts, document["warning"]]
 
 
 def _number(row: Mapping[str, Any], name: str) -> float | None:

@@ -68,7 +68,7 @@ def run_sample(
         "grid": str(folder / "grid.png"),
     }
     if accelerator.is_main_process:
-        write_grid(folder / "grid.png", gathered[:_SHOWN], _columns(labels[:_SHOWN]))
+        write_grid(folder / "grid.png", gathered[:_SHOWN], columns_of(labels[:_SHOWN]))
         if npz:
             _write_npz(folder / "samples.npz", gathered, labels)
         write_json(folder / "samples.json", document)
@@ -154,8 +154,8 @@ def _name(names: list[str], label: int) -> str:
     return "".join(letter if letter.isalnum() or letter in "-." else "-" for letter in name)
 
 
-def _columns(labels: Tensor) -> int:
-    """A row begins with the first class again, if there are several and they come in turn."""
+def columns_of(labels: Tensor) -> int:
+    """Return columns such that every row begins with the first class; 0 if that does not fit."""
     again = (labels[1:] == labels[0]).nonzero()
     period = int(again[0]) + 1 if len(again) else 0
     return period if 4 <= period <= 20 else 0

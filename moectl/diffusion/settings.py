@@ -146,6 +146,20 @@ class SampleSection(Section):
     """Seed of the first image; the next ones have the next numbers."""
 
 
+class EvalSection(Section):
+    """What is measured after training."""
+
+    features: Annotated[Literal["classifier", "inception", "none"], Flag("--features")] = (
+        "classifier"
+    )
+    """What samples are compared by: a classifier trained on the same images, or Inception (extra
+    `fid`); none measures loss and experts alone."""
+    num: Annotated[int, Flag("--num"), Field(ge=10)] = 10_000
+    """Samples that are made."""
+    inception_weights: Annotated[Path | None, Flag("--inception-weights")] = None
+    """Weights file of Inception; that of torch's hub if not given."""
+
+
 class DiffusionSettings(Settings):
     """All tables of diffusion."""
 
@@ -159,6 +173,7 @@ class DiffusionSettings(Settings):
     schedule: ScheduleSection = ScheduleSection()
     train: DiffusionTrain = DiffusionTrain()
     sample: SampleSection = SampleSection()
+    eval: EvalSection = EvalSection()
 
     @model_validator(mode="after")
     def _size_fits_the_levels(self) -> "DiffusionSettings":

@@ -10,7 +10,7 @@ from torch.optim.swa_utils import AveragedModel
 from moectl import __version__
 from moectl.diffusion.data import Data, load
 from moectl.diffusion.losses import balance_loss, loss_weights
-from moectl.diffusion.measures import by_step, noise_errors
+from moectl.diffusion.measures import by_step, measure
 from moectl.diffusion.model import UNet, build
 from moectl.diffusion.pictures import write_samples
 from moectl.diffusion.process import GaussianDiffusion
@@ -162,7 +162,7 @@ def _measure(
     loop: Loop, averaged: AveragedModel, diffusion: GaussianDiffusion, data: Data, limit: int = 0
 ) -> dict[str, float | None]:
     """Measure the averaged weights on held-out images, at all steps and in tenths of them."""
-    t, errors = noise_errors(
+    held = measure(
         averaged.module.eval(),
         diffusion,
         data.test,
@@ -170,9 +170,9 @@ def _measure(
         batch_size=max(loop.settings.batch_size, 32),
         limit=limit or _HELD_OUT,
     )
-    spans = by_step(t, errors, diffusion.steps)
+    spans = by_step(held, diffusion.steps)
     return {
-        "val/loss": float(errors.mean()),
+        "val/loss": float(held.errors.mean()),
         **{f"loss_by_step/{number}": value for number, value in enumerate(spans)},
     }
 
