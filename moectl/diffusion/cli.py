@@ -8,6 +8,7 @@ import typer
 from moectl.diffusion.settings import DiffusionSettings
 from moectl.engine import console
 from moectl.engine.command import Request, command, open_run
+from moectl.engine.errors import RunFailed
 
 
 def _size(settings: Any) -> dict[str, Any]:
@@ -49,6 +50,25 @@ def sample(
     from moectl.diffusion.sample import run_sample
 
     console.result(*run_sample(request, num, classes, save_dir, npz))
+
+
+@command(DiffusionSettings, ("data", "model"), train=None)
+def test_model(
+    request: Request,
+    every: Annotated[bool, typer.Option("--all", help="Every preset instead of variants.")] = False,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Images at a time.")] = 4,
+    timed: Annotated[bool, typer.Option("--time/--no-time", help="Take the time.")] = True,
+) -> None:
+    """Check that the network and its variants compute, and what they cost."""
+    from moectl.diffusion.quick_check import run_quick_check
+
+    settings: Any = request.settings
+    document, tables = run_quick_check(
+        settings, every=every, batch=batch, timed=timed, cpu=request.cpu
+    )
+    console.result(document, tables)
+    if document["failed"]:
+        raise RunFailed(f"{', '.join(document['failed'])}: not as they should be")
 
 
 @command(DiffusionSettings, ("sample", "eval"), train=False, reads=("train",), alias="--checkpoint")

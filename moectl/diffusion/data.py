@@ -73,7 +73,7 @@ def resized(images: Tensor, side: int) -> Tensor:
         .round_()
         .clamp_(0, 255)
         .to(torch.uint8)
-        for part in images.split(_AT_ONCE)
+        for part in torch.split(images, _AT_ONCE)
     ]
     return torch.cat(parts)
 
@@ -91,14 +91,12 @@ def _in_memory(
     ]
     digest = hashlib.sha256()
     for source in sources:
-        digest.update(source.images.numpy())
-        digest.update(source.labels.numpy())
+        digest.update(source.images.numpy().tobytes())
+        digest.update(source.labels.numpy().tobytes())
     return _data(section, sources, names.split(), digest.hexdigest())
 
 
-def _data(
-    section: "DataSection", sources: Sequence[Source], names: list[str], digest: str
-) -> Data:
+def _data(section: "DataSection", sources: Sequence[Source], names: list[str], digest: str) -> Data:
     train, test = sources
     facts = {
         "dataset": section.dataset,
@@ -156,7 +154,9 @@ def _cifar10(section: "DataSection") -> Data:
     if missing:
         log.warning("downloading %s to %s", CIFAR10.url, section.root)
     try:
-        found = [CIFAR10(section.root, train=part, download=bool(missing)) for part in (True, False)]
+        found = [
+            CIFAR10(section.root, train=part, download=bool(missing)) for part in (True, False)
+        ]
     except (OSError, RuntimeError) as error:
         reason = f"could not be downloaded ({error})" if missing else "are not the official files"
         raise UserError(
@@ -217,7 +217,7 @@ def _folder(section: "DataSection") -> Data:
     return _from_items(section, read_image, train, test, names or ["image"], digest.hexdigest())
 
 
-def _from_items(  # noqa: PLR0913 - what a data set is
+def _from_items(
     section: "DataSection",
     open_image: Callable[[str], Any],
     train: list[Item],
@@ -229,7 +229,9 @@ def _from_items(  # noqa: PLR0913 - what a data set is
     plain = partial(_read, open_image, section.image_size, False)
     augment = partial(_read, open_image, section.image_size, section.hflip)
     finish = Plain(_HALF, _HALF)
-    sources = [FolderSource(part, augment, plain, section.workers, finish) for part in (train, test)]
+    sources = [
+        FolderSource(part, augment, plain, section.workers, finish) for part in (train, test)
+    ]
     return _data(section, sources, names, digest)
 
 

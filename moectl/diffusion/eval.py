@@ -108,6 +108,7 @@ def evaluate(opened: Opened) -> tuple[dict[str, Any], Tensor | None]:
         spans, experts = held.t * SPANS // steps, opened.model.num_experts
         document["usage_by_step"] = usage(held.chosen, spans, SPANS, experts)
         document["usage_by_class"] = usage(held.chosen, held.labels, classes, experts)
+        document["blocks"] = opened.model.blocks
         document["dead_experts"] = dead(document["usage_by_step"])
     if opened.settings.eval.features == "none":
         return document, None

@@ -17,7 +17,8 @@ def expert_usage(path: Path, document: Mapping[str, Any]) -> None:
 
     Args:
         path: the PNG file.
-        document: `usage_by_step` (L, E, J), `usage_by_class` (L, E, C), `steps`, `class_names`.
+        document: `blocks` (L names), `usage_by_step` (L, E, J), `usage_by_class` (L, E, C),
+            `steps` and `class_names`.
     """
     from matplotlib.ticker import PercentFormatter
 
@@ -37,7 +38,7 @@ def expert_usage(path: Path, document: Mapping[str, Any]) -> None:
             one = new_axes(
                 figure,
                 (blocks, 2, 2 * block + column + 1),
-                title=f"block {block + 1}" if not column else "",
+                title=document["blocks"][block] if not column else "",
                 x_label=words if last else "",
                 y_label="expert" if not column else "",
             )

@@ -12,7 +12,6 @@ from moectl.diffusion.settings import DiffusionSettings
 from moectl.engine import artefact
 from moectl.engine.command import Request
 from moectl.engine.errors import UserError
-from moectl.engine.files import is_file
 from moectl.engine.launch import build_accelerator
 from moectl.engine.references import find_weights
 from moectl.engine.run import read_record
@@ -78,7 +77,7 @@ def open_network(request: Request) -> Opened:
         UserError: if they are no network's of this room.
     """
     settings: Any = request.settings
-    path = Path(request.run) if is_file(Path(request.run)) else find_weights(request.run, "diffusion")
+    path = find_weights(request.run, "diffusion")
     weights = artefact.load(path)
     model, ema = rebuild(weights, ema=settings.sample.ema)
     precision = str(read_record(path.parent)["precision"])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
-from moectl.diffusion.blocks import Form, MixtureBlock, TimeEmbedding, block
+from moectl.diffusion.blocks import Form, TimeEmbedding, block
 from moectl.diffusion.experts import Dispatch
 from moectl.diffusion.frequency import BandModule, ChannelGain
 
@@ -49,6 +49,12 @@ class _Up(nn.Module):
         super().__init__()
         self.upsample = nn.ConvTranspose2d(inputs, inputs, 4, stride=2, padding=1)
         self.conv_block = block(inputs + skip, channels, form)
+
+
+def _names(levels: int, *, freq: bool) -> list[str]:
+    first = [f"encoder {number}" for number in range(levels - 1)]
+    last = [f"decoder {number}" for number in range(levels)]
+    return [*first, *([] if freq else ["bottleneck"]), *last]
 
 
 class UNet(nn.Module):
@@ -152,12 +158,11 @@ class UNet(nn.Module):
             nn.init.zeros_(head.weight)
             nn.init.zeros_(head.bias)  # type: ignore[arg-type]
         self.output_proj = nn.Sequential(nn.GroupNorm(8, first), nn.GELU(), head)
-        self.blocks = sum(isinstance(part, MixtureBlock) for part in self.modules())
-        """Blocks of experts."""
-        if not own and not moe:  # that form tells the routers alone of the class, and so on
+        self.blocks = _names(self.levels, freq=freq) if moe else []
+        """Names of the blocks of experts, in the order of their logits."""
+        if not own and not moe:  # nothing but routers would hear of the class
             self.class_embed.requires_grad_(False)
-            if not freq:
-                self.time_embed.requires_grad_(False)
+            self.time_embed.requires_grad_(freq)
 
     def forward(self, x: Tensor, t: Tensor, c: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Predict the noise.

@@ -7,7 +7,7 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from moectl.engine import plot
 from moectl.engine.files import write_bytes
@@ -24,7 +24,7 @@ _ROWS, _COLUMNS = 10, 8  # of the picture that a training draws
 _STEPS = 20
 
 
-def write_samples(  # noqa: PLR0913 - what making images takes
+def write_samples(
     path: Path,
     model: "UNet",
     diffusion: "GaussianDiffusion",
@@ -108,5 +108,3 @@ def loss_by_step(path: Path, curves: Mapping[str, Sequence[float | None]], steps
         y_label="loss",
         scale="log",
     )
-
-

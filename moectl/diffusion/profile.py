@@ -89,7 +89,7 @@ def times(model: UNet, size: int, batch: int, repeats: int = 3) -> Times:
     noise = torch.randn_like(x)
 
     def step() -> None:
-        F.mse_loss(model(x, t, c)[0], noise).backward()
+        torch.autograd.backward(F.mse_loss(model(x, t, c)[0], noise))
         model.zero_grad(set_to_none=True)
 
     with _mode(model, training=False), torch.no_grad():
@@ -157,7 +157,7 @@ def check(model: UNet, size: int, batch: int) -> dict[str, Any]:
     model.zero_grad(set_to_none=True)
     with _mode(model, training=True):
         found, logits = model(x, t, c)
-        F.mse_loss(found, torch.randn_like(x)).backward()
+        torch.autograd.backward(F.mse_loss(found, torch.randn_like(x)))
     grads = {name: parameter.grad for name, parameter in model.named_parameters()}
     model.zero_grad(set_to_none=True)
     seen = [found, *logits, *(grad for grad in grads.values() if grad is not None)]
@@ -167,8 +167,7 @@ def check(model: UNet, size: int, batch: int) -> dict[str, Any]:
         "router_logits": len(logits),
         "router_shapes": [list(shape) for shape in sorted({tuple(one.shape) for one in logits})],
         "experts_hit": [
-            len(one.topk(k, dim=1).indices.unique())
-            for one, k in zip(logits, active, strict=False)
+            len(one.topk(k, dim=1).indices.unique()) for one, k in zip(logits, active, strict=False)
         ],
         "without_gradient": [name for name, grad in grads.items() if grad is None],
         "finite": all(bool(one.isfinite().all()) for one in seen),

@@ -113,18 +113,18 @@ def _remarks(rows: list[dict[str, Any]], settings: dict[str, DiffusionSettings])
     """Return sentences on what the rows show."""
     remarks = []
     whole = next((row for row in rows if row["name"] in ("full", "default")), {})
-    dearer = [row for row in rows if _lacks_a_part_and_is_dearer(row, whole, settings)]
-    if dearer:
-        ratios = "; ".join(f"{row['name']} {_ratios(row, whole)}" for row in dearer)
-        remarks.append(f"A part less than {whole['name']} has, and yet dearer: {ratios}.")
+    costlier = [row for row in rows if _lacks_a_part_yet_costs_more(row, whole, settings)]
+    if costlier:
+        ratios = "; ".join(f"{row['name']} {_ratios(row, whole)}" for row in costlier)
+        remarks.append(f"Without a part, yet more arithmetic than {whole['name']}: {ratios}.")
     deaf = [row for row in rows if row["result"] == "ok" and row["without_gradient"]]
     if deaf:
         counts = ", ".join(f"{row['name']} {len(row['without_gradient'])}" for row in deaf)
-        remarks.append(f"Of the original's form some weights get no gradient: {counts}.")
+        remarks.append(f"In the original's form some weights get no gradient: {counts}.")
     return remarks
 
 
-def _lacks_a_part_and_is_dearer(
+def _lacks_a_part_yet_costs_more(
     row: dict[str, Any], whole: dict[str, Any], settings: dict[str, DiffusionSettings]
 ) -> bool:
     if "macs" not in row or "macs" not in whole or row["image_size"] != whole["image_size"]:

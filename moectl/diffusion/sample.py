@@ -115,8 +115,8 @@ def check(opened: Opened, section: SampleSection) -> None:
     """
     if section.guidance != 1 and not opened.guidable:
         raise UserError(
-            f"sample.guidance = {section.guidance:g}: the network was trained with loss.p_uncond = 0,"
-            " so it knows nothing to guide away from",
+            f"sample.guidance = {section.guidance:g}: the network was trained with loss.p_uncond ="
+            " 0, so it knows nothing to guide away from",
             "leave --cfg-scale at 1",
         )
     if section.steps > opened.diffusion.steps:

@@ -1,9 +1,9 @@
 """Every knob of diffusion: images from noise by convolutional experts."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from moectl.engine.sections import OptimSection, ScheduleSection, TrainSection
@@ -36,11 +36,11 @@ class DataSection(Section):
 class ModelSection(Section):
     """The network."""
 
-    channels: Annotated[int, Flag("--model-channels"), Field(ge=8)] = 128
+    channels: Annotated[int, Flag("--model-channels"), Field(ge=8, multiple_of=8)] = 128
     """Channels of the first level."""
     mults: Annotated[tuple[int, ...], Flag("--channel-mults")] = (1, 2, 4, 8)
-    """Factors of the levels."""
-    time_dim: Annotated[int, Field(ge=2)] = 512
+    """Factors of the levels, with commas."""
+    time_dim: Annotated[int, Field(ge=2, multiple_of=2)] = 512
     """Width of the embedding of the time step."""
     class_dim: Annotated[int, Field(ge=1)] = 512
     """Width of the embedding of the class."""
@@ -60,6 +60,11 @@ class ModelSection(Section):
     """How experts are run: each once on its images, or all at once with gathered weights."""
     checkpointing: Annotated[bool, Flag("--checkpointing")] = False
     """Compute blocks again in the backward pass, to save memory."""
+
+    @field_validator("mults", mode="before")
+    @classmethod
+    def _list_with_commas(cls, value: Any) -> Any:
+        return value.split(",") if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _enough_experts(self) -> "ModelSection":

@@ -4,6 +4,7 @@ Letters: N images, B of them at a time, S pixels of a side, T diffusion steps.
 """
 
 import itertools
+import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
 Sampler = Literal["ddpm", "ddim", "dpmpp", "unipc"]
 
 
-def scheduler(diffusion: GaussianDiffusion, sampler: Sampler, steps: int, *, clip: bool = True) -> Any:
+def scheduler(
+    diffusion: GaussianDiffusion, sampler: Sampler, steps: int, *, clip: bool = True
+) -> Any:
     """Return diffusers' scheduler over the betas of a process, its steps chosen.
 
     Args:
@@ -37,26 +40,27 @@ def scheduler(diffusion: GaussianDiffusion, sampler: Sampler, steps: int, *, cli
     """
     import diffusers
 
-    common = {
-        "num_train_timesteps": diffusion.steps,
-        "trained_betas": diffusion.betas.numpy(),
-        "prediction_type": diffusion.prediction,
-        "timestep_spacing": "trailing",
+    kinds: dict[str, Any] = {
+        "ddpm": diffusers.DDPMScheduler,
+        "ddim": diffusers.DDIMScheduler,
+        "dpmpp": diffusers.DPMSolverMultistepScheduler,
+        "unipc": diffusers.UniPCMultistepScheduler,
     }
-    clipped = {"clip_sample": clip}
-    # A threshold that may not grow beyond 1 clips.
-    held = {"thresholding": clip, "sample_max_value": 1.0, "solver_order": 2}
-    found: Any
-    match sampler:
-        case "ddpm":
-            found = diffusers.DDPMScheduler(**common, **clipped)
-        case "ddim":
-            found = diffusers.DDIMScheduler(**common, **clipped)
-        case "dpmpp":
-            found = diffusers.DPMSolverMultistepScheduler(**common, **held)
-        case "unipc":
-            found = diffusers.UniPCMultistepScheduler(**common, **held)
-    found.set_timesteps(steps)
+    if sampler in ("ddpm", "ddim"):
+        options: dict[str, Any] = {"clip_sample": clip}
+    else:  # a threshold that may not grow beyond 1 clips
+        options = {"thresholding": clip, "sample_max_value": 1.0, "solver_order": 2}
+    found = kinds[sampler](
+        num_train_timesteps=diffusion.steps,
+        trained_betas=diffusion.betas.numpy(),
+        prediction_type=diffusion.prediction,
+        timestep_spacing="trailing",
+        **options,
+    )
+    with warnings.catch_warnings():
+        # The library asks torch for an array in the manner of NumPy 1.
+        warnings.filterwarnings("ignore", "__array__ implementation", DeprecationWarning)
+        found.set_timesteps(steps)
     return found
 
 

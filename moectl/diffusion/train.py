@@ -26,6 +26,8 @@ from moectl.engine.settings import dump
 
 log = logging.getLogger(__name__)
 
+Tensors = list[Tensor] | tuple[Tensor, ...]
+
 _HELD_OUT = 1000  # images that the loss is measured on after an epoch
 
 
@@ -42,9 +44,8 @@ def train(settings: DiffusionSettings, run: Run[DiffusionSettings]) -> None:
     model = build(arguments)
     diffusion = GaussianDiffusion(**_process(settings)).to(run.device)
     averaged = average(model, settings.train.ema_decay).to(run.device)
-    usage = Usage(
-        model.blocks, model.num_experts, model.k_active, run.accelerator.num_processes
-    ).to(run.device)
+    world = run.accelerator.num_processes
+    usage = Usage(len(model.blocks), model.num_experts, model.k_active, world).to(run.device)
     trained = [weights for weights in model.parameters() if weights.requires_grad]
     optimizer = build_optimizer(settings.optim, trained)
     schedule = build_schedule(settings.schedule, settings.optim.lr, settings.train.epochs)
@@ -66,7 +67,7 @@ def train(settings: DiffusionSettings, run: Run[DiffusionSettings]) -> None:
         load_loss = dm_loss.new_zeros(())
         if logits:
             shares = usage.add(logits, ends_update=step.ends_update)
-            found = balance_loss(logits, settings.loss.balance, shares)
+            found = balance_loss(logits, settings.loss.balance, list(shares))
             load_loss = load_loss if found is None else found
         loss = dm_loss + settings.loss.lambda_load * load_loss
         step.update(loss, dm_loss=dm_loss, load_loss=load_loss)
@@ -95,11 +96,18 @@ def average(model: UNet, decay: float) -> AveragedModel:
             the copy is the network as it is.
     """
 
-    def follow(averages: list[Tensor], current: list[Tensor], count: Tensor | int) -> None:
+    def follow(averages: Tensors, current: Tensors, count: Tensor | int) -> None:
         done = int(count)
         torch._foreach_lerp_(averages, current, 1 - min(decay, (1 + done) / (10 + done)))
 
     return AveragedModel(model, multi_avg_fn=follow)
+
+
+def _bare(averaged: AveragedModel) -> UNet:
+    """Return the averaged network, in evaluation mode."""
+    model = averaged.module.eval()
+    assert isinstance(model, UNet)
+    return model
 
 
 def draw(
@@ -125,7 +133,11 @@ def _introduce(run: Run[Any], model: UNet, data: Data) -> None:
     settings = run.settings.model
     switches = ", ".join(
         f"{name} {'on' if on else 'off'}"
-        for name, on in (("MoE", settings.moe), ("Freq", settings.freq), ("DS-Conv", settings.dsconv))
+        for name, on in (
+            ("MoE", settings.moe),
+            ("Freq", settings.freq),
+            ("DS-Conv", settings.dsconv),
+        )
     )
     count = sum(weights.numel() for weights in model.parameters())
     log.info(
@@ -163,7 +175,7 @@ def _measure(
 ) -> dict[str, float | None]:
     """Measure the averaged weights on held-out images, at all steps and in tenths of them."""
     held = measure(
-        averaged.module.eval(),
+        _bare(averaged),
         diffusion,
         data.test,
         loop.accelerator,
@@ -177,7 +189,7 @@ def _measure(
     }
 
 
-def _keep(  # noqa: PLR0913 - what a weights file is made of
+def _keep(
     loop: Loop,
     averaged: AveragedModel,
     diffusion: GaussianDiffusion,
@@ -192,7 +204,7 @@ def _keep(  # noqa: PLR0913 - what a weights file is made of
     if run.is_main and every and (last or epoch % every == 0):
         path = run.folder / "samples" / f"epoch_{epoch}.png"
         classes = len(data.class_names)
-        model = averaged.module.eval()
+        model = _bare(averaged)
         write_samples(path, model, diffusion, run.accelerator, classes, settings)
     if not last and epoch % settings.train.save_every:
         return

@@ -28,6 +28,7 @@ class Usage(nn.Module):
 
     epoch: Tensor
     """(L, E) assignments of this epoch so far; saved with the training state."""
+    update: Tensor
 
     def __init__(self, blocks: int, experts: int, k_active: int, processes: int) -> None:
         super().__init__()

@@ -10,13 +10,16 @@ from rich.console import Console
 from rich.table import Table
 
 from moectl.diffusion import profile, quick_check
+from moectl.diffusion.model import UNet
 from moectl.diffusion.quick_check import run_quick_check
 from moectl.diffusion.settings import DiffusionSettings
 from moectl.diffusion.variants import VARIANTS
 from moectl.engine.settings import resolve
 
-TINY = ("model.channels=8", "model.mults=[1, 2]", "model.time_dim=8", "model.class_dim=4")
-TINY += ("model.num_experts=4", "data.image_size=16")
+TINY = (
+    *("model.channels=8", "model.mults=[1, 2]", "model.time_dim=8", "model.class_dim=4"),
+    *("model.num_experts=4", "data.image_size=16"),
+)
 
 
 def settings(*assignments: str) -> DiffusionSettings:
@@ -29,10 +32,11 @@ def checked(*assignments: str, **options: Any) -> tuple[dict[str, Any], list[Tab
 
 
 def written(tables: list[Table]) -> str:
-    console = Console(file=StringIO(), width=300)
+    text = StringIO()
+    console = Console(file=text, width=300)
     for table in tables:
         console.print(table)
-    return console.file.getvalue()  # type: ignore[attr-defined,no-any-return]
+    return text.getvalue()
 
 
 def by_name(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -71,15 +75,15 @@ def test_remark_follows_from_the_figures() -> None:
     rows = by_name(document)
     (remark,) = document["remarks"]
     for name in VARIANTS:
-        dearer = rows[name]["macs"] > rows["full"]["macs"]
+        more = rows[name]["macs"] > rows["full"]["macs"]
         lacks = name in ("no_moe", "no_freq", "no_dsconv", "minimal")
         ratio = rows[name]["macs"] / rows["full"]["macs"]
-        assert (f"{name} {ratio:.2f} times the multiply-adds" in remark) == (dearer and lacks)
+        assert (f"{name} {ratio:.2f} times the multiply-adds" in remark) == (more and lacks)
     assert "no_moe" in remark
     assert remark.split(":")[0] in written(tables)
 
 
-def test_nothing_is_said_of_networks_that_are_not_dearer() -> None:
+def test_nothing_is_said_of_networks_that_cost_less() -> None:
     assert checked("model.moe=false", "model.dsconv=false", "model.freq=false")[0]["remarks"] == []
 
 
@@ -92,34 +96,47 @@ def test_original_form_is_well_and_says_what_gets_no_gradient() -> None:
 def test_times_are_measured_only_if_wanted() -> None:
     assert not any("step_ms" in row for row in checked()[0]["networks"])
     document, tables = checked(timed=True)
-    assert all(0 < row["forward_ms"] and 0 < row["step_ms"] for row in document["networks"])
+    assert all(row["forward_ms"] > 0 and row["step_ms"] > 0 for row in document["networks"])
     assert "times the step" in document["remarks"][0]
     assert f"{by_name(document)['full']['step_ms']:.4g}" in written(tables)
 
 
-def test_network_that_cannot_be_built_has_a_reason_and_the_others_go_on(
+def test_network_that_fails_has_a_reason_and_the_others_go_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    counted = profile.macs
+    usual = quick_check.build
 
-    def fails(model: Any, size: int) -> int:
-        if not model.encoder[0].conv_block.proj:
-            raise AssertionError
-        if isinstance(model.bottleneck, type(model.encoder[0].conv_block)):
+    def fails(arguments: dict[str, Any]) -> UNet:
+        if not arguments["freq"]:
             raise RuntimeError("not enough memory: 1 TB\nand a trace")
-        return counted(model, size)
+        if not arguments["dsconv"]:
+            raise ValueError
+        return usual(arguments)
 
-    monkeypatch.setattr(profile, "macs", fails)
+    monkeypatch.setattr(quick_check, "build", fails)
     document, tables = checked()
-    assert document["failed"] == ["no_freq", "minimal"]
-    assert by_name(document)["no_freq"]["result"] == "not enough memory: 1 TB"
+    rows = by_name(document)
+    assert document["failed"] == ["no_freq", "no_dsconv", "minimal"]
+    assert rows["no_freq"]["result"] == "not enough memory: 1 TB"
+    assert rows["no_dsconv"]["result"] == "ValueError"
     assert "not enough memory: 1 TB" in written(tables)
 
 
-def test_bad_numbers_of_the_first_fail_it_too() -> None:
-    document, tables = checked("model.channels=12")
+def test_failure_of_the_first_leaves_no_stages_and_no_comparison(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(quick_check, "build", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # a fault of the program is not hidden
+        checked()
+
+    def fails(arguments: dict[str, Any]) -> UNet:
+        raise ValueError(f"model_channels = {arguments['model_channels']}")
+
+    monkeypatch.setattr(quick_check, "build", fails)
+    document, tables = checked()
     assert document["failed"] == list(VARIANTS)
-    assert "model_channels = 12" in document["networks"][0]["result"]
+    assert document["networks"][0]["result"] == "model_channels = 8"
+    assert document["remarks"] == []
     assert len(tables) == 1
 
 

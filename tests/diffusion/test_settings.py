@@ -47,6 +47,12 @@ def settings(*assignments: str) -> DiffusionSettings:
     return resolve(DiffusionSettings, {}, assignments, [])[0]
 
 
+def names_of(key: str) -> list[str]:
+    """Names of a field's option on the command line."""
+    option = get_args(field_option(key, fields(DiffusionSettings)[key]).annotation)[1]
+    return [option.default, *option.param_decls]
+
+
 @pytest.mark.parametrize("expected", [DOCUMENT, OWN], ids=["document", "own"])
 def test_defaults_are_known(expected: dict[str, Any]) -> None:
     values: dict[str, Any] = flatten(settings().model_dump())
@@ -123,14 +129,13 @@ def test_size_that_the_levels_do_not_divide_is_refused() -> None:
     ],
 )
 def test_document_names_this_flag(key: str, flag: str) -> None:
-    option = get_args(field_option(key, fields(DiffusionSettings)[key]).annotation)[1]
-    assert flag in option.param_decls
+    assert flag in names_of(key)
 
 
 def test_no_flag_has_two_meanings() -> None:
     """The commands that share tables would have it twice."""
     meanings: dict[str, str] = {}
-    for key, info in fields(DiffusionSettings).items():
-        option = get_args(field_option(key, info).annotation)[1] if flag_of(info) else None
-        for name in option.param_decls if option else ():
+    flagged = [key for key, info in fields(DiffusionSettings).items() if flag_of(info)]
+    for key in flagged:
+        for name in names_of(key):
             assert meanings.setdefault(name, key) == key, name
