@@ -78,10 +78,18 @@ def open_network(request: Request) -> Opened:
     """
     settings: Any = request.settings
     path = find_weights(request.run, "diffusion")
+    precision = str(read_record(path.parent)["precision"])
+    return open_weights(path, settings, build_accelerator(settings.train, request.cpu, precision))
+
+
+def open_weights(path: Path, settings: DiffusionSettings, accelerator: "Accelerator") -> Opened:
+    """Open a weights file.
+
+    Raises:
+        UserError: as `open_network`.
+    """
     weights = artefact.load(path)
     model, ema = rebuild(weights, ema=settings.sample.ema)
-    precision = str(read_record(path.parent)["precision"])
-    accelerator = build_accelerator(settings.train, request.cpu, precision)
     return Opened(
         model=model.to(accelerator.device).eval(),
         diffusion=GaussianDiffusion(**weights.facts["process"]).to(accelerator.device),

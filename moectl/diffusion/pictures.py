@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 _ROWS, _COLUMNS = 10, 8  # of the picture that a training draws
 _STEPS = 20
+_STRIP = 16  # images of a network in a comparison
 
 
 def write_samples(
@@ -58,6 +59,54 @@ def write_grid(path: Path, images: "Tensor", columns: int = 0) -> None:
     columns = columns or math.ceil(math.sqrt(len(images)))
     grid = make_grid(to_bytes(images).cpu(), nrow=columns, padding=2, pad_value=255)
     write_png(path, enlarged(grid))
+
+
+def write_strip(path: Path, images: "Tensor") -> None:
+    """Write the first images (N, 3, S, S) in a row, pixel by pixel, to lie beside others."""
+    from torchvision.utils import make_grid
+
+    from moectl.diffusion.features import to_bytes
+
+    strip = make_grid(to_bytes(images[:_STRIP]), nrow=_STRIP, padding=1, pad_value=255)
+    write_png(path, strip)
+
+
+def side_by_side(path: Path, strips: Mapping[str, Path]) -> None:
+    """Draw the strips of several networks below each other, from the same noise, with their names.
+
+    Args:
+        path: the PNG file.
+        strips: name to the picture that `write_strip` wrote.
+    """
+    from matplotlib.image import imread
+
+    from moectl.engine import figure as drawing
+
+    figure = drawing.new_figure(10, 0.4 + 0.75 * len(strips))
+    for number, (name, strip) in enumerate(strips.items(), 1):
+        axes = figure.add_subplot(len(strips), 1, number)
+        axes.imshow(imread(strip), interpolation="nearest")
+        axes.set_axis_off()
+        axes.set_title(name, fontsize=9, loc="left", parse_math=False, pad=2)
+    drawing.write_png(figure, path)
+
+
+def losses(path: Path, curves: Mapping[str, Sequence[Mapping[str, str]]]) -> None:
+    """Draw the held-out loss of several networks over the epochs, from rows of their metrics."""
+    plot.lines(
+        path,
+        {
+            name: (
+                [float(row["epoch"]) for row in rows],
+                [float(row["val/loss"]) for row in rows],
+            )
+            for name, rows in curves.items()
+        },
+        title="Mean squared error of the noise, held-out images",
+        x_label="epoch",
+        y_label="loss",
+        scale="log",
+    )
 
 
 def enlarged(image: "Tensor") -> "Tensor":

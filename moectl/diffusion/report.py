@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moectl.diffusion.pictures import learning_curve, loss_by_step
+from moectl.diffusion.pictures import learning_curve, loss_by_step, losses, side_by_side
 from moectl.diffusion.settings import DiffusionSettings
 from moectl.engine.files import is_file, write_text
 from moectl.engine.report import image, paragraphs, percent, run_lines, settings_table, table
@@ -19,11 +19,12 @@ def report(folder: Path) -> None:
     record = loads_or_none(folder / "run.json") or {}
     path = folder / "settings.toml"
     settings = flatten(read_toml(path)) if path.exists() else {}
-    rows = [row for row in MetricsFile(folder / "metrics.csv").rows() if row.get("val/loss")]
+    rows = _scored(folder)
     parts = [
         run_lines(folder.resolve().name, record),
         settings_table(settings, DiffusionSettings(), record),
         _training(folder, rows, int(settings.get("process.steps", 1000))),
+        _comparison(folder, loads_or_none(folder / "ablation.json") or {}),
     ]
     evaluations = sorted(folder.glob("evals/*/eval.json"))
     for path in evaluations:
@@ -112,6 +113,71 @@ def _samples(document: Mapping[str, Any]) -> list[str]:
             f" for, and {percent(document['held_out_accuracy'])} % of the held-out images right."
         )
     return [*parts, document["warning"]]
+
+
+def _comparison(folder: Path, document: Mapping[str, Any]) -> str:
+    """Write the table of the variants, and draw their curves and samples."""
+    if not document:
+        return ""
+    places = {row["name"]: folder / "variants" / row["name"] for row in document["variants"]}
+    curves = {name: _scored(place) for name, place in places.items()}
+    if curves := {name: rows for name, rows in curves.items() if rows}:
+        losses(folder / "plots" / "losses.png", curves)
+    strips = {name: place / "strip.png" for name, place in places.items()}
+    if strips := {name: path for name, path in strips.items() if is_file(path)}:
+        side_by_side(folder / "plots" / "side_by_side.png", strips)
+    return ablation_text(document)
+
+
+def ablation_text(document: Mapping[str, Any]) -> str:
+    """Write the table of the variants, as Markdown."""
+    rows = document["variants"]
+    distance = next((row["distance"] for row in rows if "distance" in row), "FD")
+    columns = (
+        "variant", "parameters", "used per image", "GMAC", "training images/s", "held-out loss",
+        distance, "precision", "recall", "samples read right",
+    )  # fmt: skip
+    lines = [
+        (row["name"], *(_cells(row) if "loss" in row else [row.get("failed")] + [None] * 8))
+        for row in rows
+    ]
+    whole = next((row for row in rows if row["name"] == "full" and "macs" in row), None)
+    dear = [
+        f"{row['name']} {row['macs'] / whole['macs']:.2f} times"
+        for row in rows
+        if whole and row.get("macs", 0) > 1.005 * whole["macs"] and row["name"].startswith("no_")
+    ]
+    note = f"More arithmetic than full although something is left out: {', '.join(dear)}."
+    return paragraphs(
+        [
+            "## Variants",
+            table(columns, lines),
+            note if dear else "",
+            "All with the same seed, images, order, noise and number of updates. One seed: small"
+            " differences are noise.",
+        ]
+    )
+
+
+def _cells(row: Mapping[str, Any]) -> list[object]:
+    def shown(name: str, digits: int) -> str | None:
+        return None if row.get(name) is None else f"{row[name]:.{digits}f}"
+
+    return [
+        f"{row['parameters']:,}",
+        f"{row['parameters_used']:,}",
+        f"{row['macs'] / 1e9:.4g}",
+        f"{row['images_per_second']:.3g}",
+        shown("loss", 4),
+        shown("frechet", 3),
+        shown("precision", 3),
+        shown("recall", 3),
+        None if row.get("sample_accuracy") is None else percent(row["sample_accuracy"]) + " %",
+    ]
+
+
+def _scored(folder: Path) -> list[dict[str, str]]:
+    return [row for row in MetricsFile(folder / "metrics.csv").rows() if row.get("val/loss")]
 
 
 def _number(row: Mapping[str, Any], name: str) -> float | None:

@@ -17,11 +17,12 @@ class StopRequest:
 
     def __init__(self, max_seconds: float = float("inf")) -> None:
         self.reason = ""
-        self._deadline = time.monotonic() + max_seconds
+        self.deadline = time.monotonic() + max_seconds
+        """When it asks itself, on the clock of `time.monotonic`."""
         self._previous: dict[signal.Signals, Any] = {}
 
     def __bool__(self) -> bool:
-        if not self.reason and time.monotonic() >= self._deadline:
+        if not self.reason and time.monotonic() >= self.deadline:
             self.reason = "time limit"
         return bool(self.reason)
 

@@ -1,0 +1,221 @@
+"""Training of a network and its variants on equals, and their comparison."""
+
+import logging
+import shutil
+from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from moectl.diffusion import profile
+from moectl.diffusion.eval import evaluate, write_evaluation
+from moectl.diffusion.inference import Opened, open_weights
+from moectl.diffusion.pictures import write_strip
+from moectl.diffusion.report import report
+from moectl.diffusion.settings import DiffusionSettings, ModelSection
+from moectl.diffusion.train import train
+from moectl.diffusion.variants import VARIANTS, changes
+from moectl.engine.errors import Interrupted, RunFailed, UserError
+from moectl.engine.files import csv_text, is_file, write_json, write_text
+from moectl.engine.launch import agree
+from moectl.engine.run import Run, create, read_record, reopen
+from moectl.engine.tracking import loads_or_none
+
+log = logging.getLogger(__name__)
+
+Changes = dict[str, Any]
+"""Values of the table `model`."""
+
+_RESULT = "result.json"
+
+
+def plan(
+    model: ModelSection, switched_off: Sequence[str], experts: str, active: str, *, every: bool
+) -> dict[str, Changes]:
+    """Return the variants by name, the network as it is first.
+
+    Args:
+        model: of the settings.
+        switched_off: fields of it that are off in every variant: moe, freq, dsconv.
+        experts: values of num_experts with commas; empty for that of the settings.
+        active: likewise values of k_active.
+        every: the named variants instead.
+
+    Raises:
+        UserError: if nothing is wanted, or a number is none.
+    """
+    if every:
+        if switched_off or experts or active:
+            raise UserError("--all goes with no other choice of variants")
+        return {name: changes(model, name) for name in VARIANTS}
+    off = dict.fromkeys(switched_off, False)
+    found: dict[str, Changes] = {"full": {}}
+    for count, chosen in product(_numbers(experts), _numbers(active)):
+        numbers = {"num_experts": count, "k_active": chosen}
+        own = off | {key: value for key, value in numbers.items() if value}
+        words = [f"no_{name}" for name in switched_off]
+        words += [f"experts{count}"] * bool(count) + [f"active{chosen}"] * bool(chosen)
+        if own:
+            found["+".join(words)] = own
+    if len(found) == 1:
+        raise UserError(
+            "nothing to compare with: no variant was named",
+            "--no-moe, --no-freq, --no-dsconv, --num-experts N, --k-active K, or --all",
+        )
+    return found
+
+
+def _numbers(text: str) -> list[int]:
+    """Read numbers with commas; 0 stands for none given."""
+    words = [word.strip() for word in text.split(",")] if text else ["0"]
+    if text and not all(word.isdigit() and int(word) for word in words):
+        raise UserError(f"{text!r}: expected whole numbers from 1 on, with commas")
+    return [int(word) for word in words]
+
+
+def settings_of(settings: DiffusionSettings, own: Changes) -> DiffusionSettings:
+    """Return the settings of a variant.
+
+    Raises:
+        UserError: if they do not go together.
+    """
+    try:
+        model = ModelSection(**{**settings.model.model_dump(), **own})
+    except ValueError as error:
+        words = str(error).splitlines()[2].strip().partition(" [")[0]
+        raise UserError(f"a variant cannot be: {words}") from None
+    tables = {name: getattr(settings, name) for name in type(settings).model_fields}
+    untimed = settings.train.model_copy(update={"max_time": ""})  # the limit is for all together
+    return DiffusionSettings(**{**tables, "model": model, "train": untimed})
+
+
+def ablate(run: Run[DiffusionSettings], wanted: dict[str, Changes]) -> dict[str, Any]:
+    """Train and measure each variant that is not done yet, and compare them all.
+
+    All begin with the same seed: images, order, noise and steps are the same for each.
+
+    Args:
+        run: the folder of the comparison; each variant is a run of its own below it.
+        wanted: the variants; those that a resumed comparison began with must be the same.
+
+    Raises:
+        UserError: if they are others, or one of them cannot be.
+    """
+    kept = run.record.get("variants")
+    if kept is not None and wanted not in ({}, kept):
+        raise UserError(
+            f"{run.folder}: compares {', '.join(kept)}, not {', '.join(wanted)}",
+            "start a new comparison for those",
+        )
+    wanted = kept or wanted
+    settings = {name: settings_of(run.settings, own) for name, own in wanted.items()}
+    run.note(variants=wanted)
+    rows = [_row(run, name, settings[name], wanted[name]) for name in wanted]
+    document = {"folder": str(run.folder), "variants": rows}
+    if run.is_main:
+        write_json(run.folder / "ablation.json", document)
+        write_text(run.folder / "ablation.csv", csv_text(rows))
+        report(run.folder)
+    return document
+
+
+def _row(
+    run: Run[DiffusionSettings], name: str, settings: DiffusionSettings, own: Changes
+) -> dict[str, Any]:
+    """Return what is known of a variant, after training and measuring it if need be."""
+    folder = run.folder / "variants" / name
+    path = folder / _RESULT
+    done = agree(run.accelerator, lambda: loads_or_none(path))
+    if isinstance(done, dict):
+        log.info("%s: done already", name)
+        return done
+    try:
+        _train(run, name, folder, settings)
+        found = {"name": name, "changes": own, **_measured(run, folder, settings)}
+    except RunFailed as error:
+        log.warning("%s failed: %s", name, error)
+        return {"name": name, "changes": own, "failed": str(error)}
+    except Interrupted as error:
+        raise Interrupted(f"{name}: {error}", f"--resume {run.folder} goes on from here") from None
+    if run.is_main:
+        write_json(path, found)
+    run.accelerator.wait_for_everyone()
+    return found
+
+
+def _train(
+    run: Run[DiffusionSettings], name: str, folder: Path, settings: DiffusionSettings
+) -> None:
+    """Train a variant in a run of its own, or go on with it."""
+    accelerator = run.accelerator
+    status = agree(accelerator, lambda: _status(folder))
+    if status == "finished":
+        return
+    if status:
+        own = reopen(folder, settings, accelerator, auto=True)
+    else:
+        own = create(
+            settings, accelerator, room="diffusion", command="train", name=name, out=folder,
+            origin={},
+        )  # fmt: skip
+        own.note(parents=[str(run.folder)])
+    own.stop.deadline = run.stop.deadline
+    with own:
+        train(settings, own)
+    accelerator.free_memory()
+
+
+def _status(folder: Path) -> str:
+    """Return the status of a run; empty, and nothing is left of it, if it hardly began."""
+    if is_file(folder / "run.json"):
+        return str(read_record(folder)["status"])
+    if folder.exists():
+        shutil.rmtree(folder)
+    return ""
+
+
+def _measured(
+    run: Run[DiffusionSettings], folder: Path, settings: DiffusionSettings
+) -> dict[str, Any]:
+    """Return what a trained variant costs and what it is worth."""
+    if run.stop:
+        raise Interrupted(f"{run.stop.reason} before it was measured")
+    record = read_record(folder)
+    opened = open_weights(folder / record["weights"][-1]["file"], settings, run.accelerator)
+    document, images = evaluate(opened)
+    if run.is_main:
+        write_evaluation(folder / "evals" / opened.tag, document, images)
+        if images is not None:
+            write_strip(folder / "strip.png", images)
+        report(folder)
+    return {**_cost(opened), **_worth(document), "wall_seconds": record["wall_seconds"]}
+
+
+def _cost(opened: Opened) -> dict[str, Any]:
+    total, used = profile.parameters(opened.model)
+    batch = opened.settings.train.batch_size
+    times = profile.times(opened.model, opened.image_size, batch)
+    opened.model.eval()
+    return {
+        "parameters": total,
+        "parameters_used": used,
+        "macs": profile.macs(opened.model, opened.image_size),
+        "step_ms": round(times.step_ms, 3),
+        "images_per_second": round(1000 * batch / times.step_ms, 2),
+    }
+
+
+def _worth(document: dict[str, Any]) -> dict[str, Any]:
+    """Return the scores of an evaluation that are compared."""
+    found = {"loss": document["loss"], "dead_experts": document.get("dead_experts")}
+    if "distances" in document:
+        best = document["distances"][0]
+        found |= {
+            "distance": document["distance"],
+            "frechet": best["frechet"],
+            "kid": best["kid"],
+            "precision": best["precision"],
+            "recall": best["recall"],
+            "sample_accuracy": document.get("sample_accuracy"),
+        }
+    return found
