@@ -5,7 +5,9 @@ Letters: N images, S pixels of a side.
 
 import hashlib
 import logging
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -117,7 +119,7 @@ def _held_out(labels: Sequence[int], fraction: float) -> tuple[list[int], list[i
             f"data.val_fraction = {fraction:g} of {len(labels)} images holds out {count}:"
             " expected one at least, and one to train on"
         )
-    sizes = [labels.count(label) for label in set(labels)]
+    sizes = Counter(labels).values()
     even = min(sizes) > 1 and count >= len(sizes) <= len(labels) - count
     train, test = train_test_split(
         range(len(labels)), test_size=count, random_state=0, stratify=labels if even else None
@@ -144,6 +146,7 @@ def _cifar10(section: "DataSection") -> Data:
 
     folder = section.root / CIFAR10.base_folder
     files = [name for name, _ in CIFAR10.train_list + CIFAR10.test_list]
+    files.append(CIFAR10.meta["filename"])
     missing = [name for name in files if not (folder / name).is_file()]
     if missing and (not section.download or offline()):
         raise UserError(
@@ -170,12 +173,21 @@ def _cifar10(section: "DataSection") -> Data:
     return _in_memory(section, train, test, _CIFAR10)
 
 
-def _images_below(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES)
+def _images_below(folder: Path) -> Iterator[Path]:
+    """Find the images in a folder and those in it; hidden ones are other programs' notes."""
+    return (
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in _SUFFIXES and not path.name.startswith(".")
+    )
 
 
 def _classes_of(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if path.is_dir() and _images_below(path))
+    return sorted(
+        path.name
+        for path in folder.iterdir()
+        if path.is_dir() and not path.name.startswith(".") and any(_images_below(path))
+    )
 
 
 def _folder(section: "DataSection") -> Data:
@@ -192,13 +204,13 @@ def _folder(section: "DataSection") -> Data:
 
     def items(folder: Path) -> list[Item]:
         if not names:
-            return [(str(path), 0) for path in _images_below(folder)]
+            return [(str(path), 0) for path in sorted(_images_below(folder))]
         if strange := sorted(set(_classes_of(folder)) - set(names)):
             raise UserError(f"{folder / strange[0]}: not a class of {parts[0]}")
         return [
             (str(path), label)
             for label, name in enumerate(names)
-            for path in _images_below(folder / name)
+            for path in sorted(_images_below(folder / name))
         ]
 
     if divided:
@@ -207,14 +219,22 @@ def _folder(section: "DataSection") -> Data:
         train = items(root)
     for part, found in zip(parts, (train, test), strict=True) if divided else [(root, train)]:
         if not found:
-            raise UserError(f"{part}: no images ({', '.join(_SUFFIXES)})")
+            below = f" in {', '.join(names[:5])}" if names else ""
+            raise UserError(f"{part}: no images ({', '.join(_SUFFIXES)}){below}")
     if not divided:
         rows = _held_out([label for _, label in train], section.val_fraction)
         train, test = ([train[row] for row in part] for part in rows)
-    digest = hashlib.sha256(repr((section.image_size, train, test)).encode())
-    for path, _ in train + test:
-        digest.update(str(Path(path).stat().st_size).encode())
-    return _from_items(section, read_image, train, test, names or ["image"], digest.hexdigest())
+    listing = [section.image_size, [_listed(root, *item) for item in train + test], len(train)]
+    digest = hashlib.sha256(repr(listing).encode()).hexdigest()
+    return _from_items(section, read_image, train, test, names or ["image"], digest)
+
+
+def _listed(root: Path, path: str, label: int) -> tuple[str, int, int]:
+    """Return what is kept in mind of a file, wherever the folder lies: place, class and length."""
+    try:
+        return Path(path).relative_to(root).as_posix(), label, Path(path).stat().st_size
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def _from_items(
@@ -252,52 +272,76 @@ def _read(open_image: Callable[[str], Any], side: int, flip: bool, name: str) ->
 
 def _hub(section: "DataSection") -> Data:
     """Read a data set of the hub: its first column of images, its first column of classes."""
-    import datasets
-
     name = section.name
     if not name:
         raise UserError("data.dataset = hub needs data.name", "--hub-name uoft-cs/cifar10")
-    if offline() or not section.download:
-        datasets.config.HF_HUB_OFFLINE = datasets.config.HF_DATASETS_OFFLINE = True
+    found = _fetched(name, network=section.download and not offline())
+    train_set = found.get("train") or next(iter(found.values()))
+    column, label = (_column(train_set, kind) for kind in ("Image", "ClassLabel"))
+    if not column:
+        raise UserError(
+            f"data.name = {name}: no column of images, it has {', '.join(train_set.column_names)}"
+        )
+
+    def labels(part: Any) -> list[int]:
+        """Return the classes; below 0 where they are a secret or unknown."""
+        found = part[label][:] if label else [0] * len(part)
+        return [-1 if one is None else one for one in found]
+
+    def known(part: Any) -> bool:
+        return min(labels(part), default=-1) >= 0
+
+    if not known(train_set):
+        raise UserError(f"data.name = {name}: there are training images without a class")
+    others = [found[part] for part in ("test", "validation") if part in found]
+    test_set = next((part for part in others if part is not train_set and known(part)), None)
+    train = [(f"train:{row}", one) for row, one in enumerate(labels(train_set))]
+    if test_set is None:
+        rows = _held_out([one for _, one in train], section.val_fraction)
+        train, test = ([train[row] for row in part] for part in rows)
     else:
+        test = [(f"test:{row}", one) for row, one in enumerate(labels(test_set))]
+    sets = {"train": train_set, "test": test_set}
+
+    def open_image(place: str) -> Any:
+        part, _, row = place.partition(":")
+        try:
+            return sets[part][int(row)][column].convert("RGB")
+        except (AttributeError, OSError, SyntaxError, ValueError):
+            raise UserError(f"data.name = {name}: {place} is no readable image") from None
+
+    names = train_set.features[label].names if label else ["image"]
+    marks = [part._fingerprint for part in (train_set, test_set) if part is not None]
+    digest = hashlib.sha256(repr((section.image_size, name, marks)).encode()).hexdigest()
+    return _from_items(section, open_image, train, test, list(names), digest)
+
+
+def _fetched(name: str, *, network: bool) -> Any:
+    import datasets
+
+    if network:
         log.warning("fetching %s from the hub, if it is not kept already", name)
     try:
-        found = datasets.load_dataset(name)
+        with _hub_network(network):
+            return datasets.load_dataset(name)
     except Exception as error:  # the library raises what its parts do
         words = " ".join(str(error).split())[:200]
         raise UserError(
             f"data.name = {name}: could not be loaded ({words})",
             "check the name; without a network the set must have been fetched before",
         ) from None
-    train_set = found.get("train") or next(iter(found.values()))
-    test_set = found.get("test") or found.get("validation")
-    columns = {kind: _column(train_set, kind) for kind in ("Image", "ClassLabel")}
-    if not columns["Image"]:
-        raise UserError(
-            f"data.name = {name}: no column of images, it has {', '.join(train_set.column_names)}"
-        )
-    label = columns["ClassLabel"]
 
-    def labels(part: Any) -> list[int]:
-        return list(part[label]) if label else [0] * len(part)
 
-    items = [(f"train:{row}", one) for row, one in enumerate(labels(train_set))]
-    if test_set is None:
-        rows = _held_out([one for _, one in items], section.val_fraction)
-        train, test = ([items[row] for row in part] for part in rows)
-    else:
-        train = items
-        test = [(f"test:{row}", one) for row, one in enumerate(labels(test_set))]
-    sets = {"train": train_set, "test": test_set}
+@contextmanager
+def _hub_network(allowed: bool) -> Iterator[None]:
+    from datasets import config
 
-    def open_image(place: str) -> Any:
-        part, _, row = place.partition(":")
-        return sets[part][int(row)][columns["Image"]].convert("RGB")
-
-    names = train_set.features[label].names if label else ["image"]
-    marks = [getattr(part, "_fingerprint", "") for part in sets.values()]
-    digest = hashlib.sha256(repr((section.image_size, name, marks)).encode()).hexdigest()
-    return _from_items(section, open_image, train, test, list(names), digest)
+    before = config.HF_HUB_OFFLINE
+    config.HF_HUB_OFFLINE = before or not allowed
+    try:
+        yield
+    finally:
+        config.HF_HUB_OFFLINE = before
 
 
 def _column(table: Any, kind: str) -> str:

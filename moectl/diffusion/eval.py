@@ -30,9 +30,11 @@ from moectl.diffusion.report import evaluation_text, report_again
 from moectl.diffusion.sample import check, columns_of, labels_of
 from moectl.diffusion.solvers import generate
 from moectl.engine.command import Request
+from moectl.engine.errors import UserError
 from moectl.engine.files import write_json, write_text
 from moectl.engine.launch import gather_rows
 from moectl.engine.run import runs_root
+from moectl.engine.seeding import key
 
 log = logging.getLogger(__name__)
 
@@ -67,10 +69,11 @@ def run_eval(request: Request) -> tuple[dict[str, Any], str]:
     check(opened, opened.settings.sample)
     document, images = evaluate(opened)
     section, wanted = opened.settings.sample, opened.settings.eval
-    made = f"{section.sampler}{section.steps}_cfg{section.guidance:g}_seed{section.seed}"
     name = f"{opened.tag}_{wanted.features}"
     if images is not None:
-        name = f"{name}_{made}_n{wanted.num}"
+        eta = f"_eta{section.eta:g}" if section.eta else ""
+        name += f"_{section.sampler}{section.steps}{eta}_cfg{section.guidance:g}"
+        name += f"_seed{section.seed}_n{wanted.num}"
     folder = opened.folder / "evals" / name
     if opened.accelerator.is_main_process:
         write_evaluation(folder, document, images)
@@ -84,8 +87,12 @@ def evaluate(opened: Opened) -> tuple[dict[str, Any], Tensor | None]:
 
     Returns:
         Plain values, and the samples (N, 3, S, S); None if none were wanted.
+
+    Raises:
+        UserError: if there is nothing to compare samples by, or too little to compare them with.
     """
     section = opened.settings.sample
+    features = None if opened.settings.eval.features == "none" else features_of(opened)
     held = measure(
         opened.model,
         opened.diffusion,
@@ -110,9 +117,8 @@ def evaluate(opened: Opened) -> tuple[dict[str, Any], Tensor | None]:
         document["usage_by_class"] = usage(held.chosen, held.labels, classes, experts)
         document["blocks"] = opened.model.blocks
         document["dead_experts"] = dead(document["usage_by_step"])
-    if opened.settings.eval.features == "none":
+    if features is None:
         return document, None
-    features = features_of(opened)
     images, seconds = _samples(opened)
     document["sampling"] = {
         **section.model_dump(exclude={"ema"}),
@@ -129,9 +135,14 @@ def features_of(opened: Opened) -> Features:
     """Return what the settings want images compared by.
 
     Raises:
-        UserError: if it cannot be had.
+        UserError: if it cannot be had, or there are too few held-out images.
     """
-    wanted, accelerator = opened.settings.eval, opened.accelerator
+    wanted, accelerator, held = opened.settings.eval, opened.accelerator, len(opened.data.test)
+    if held <= _K:
+        raise UserError(
+            f"{held} held-out images are too few to compare samples with, {_K + 1} at least",
+            "--features none measures loss and experts alone",
+        )
     if wanted.features == "inception":
         network = inception(wanted.inception_weights).to(accelerator.device)
         return Features("FID", lambda images: network(to_bytes(images)))
@@ -170,8 +181,10 @@ def compare(opened: Opened, features: Features, images: Tensor) -> dict[str, Any
     data, accelerator = opened.data, opened.accelerator
     size = opened.settings.sample.batch_size
     made = extract_images(features.give, images, size, accelerator.device)
-    held, held_labels = extract(features.give, data.test, accelerator, batch_size=size)
-    whole, _ = extract(features.give, data.train, accelerator, batch_size=size)
+    held, whole = (
+        _shuffled(extract(features.give, part, accelerator, batch_size=size)[0])
+        for part in (data.test, data.train)
+    )
     sets = {"samples": made, "training images": whole[: len(images)]}
     rows = [
         {"set": name, "against": "held-out images", **_distances(held, part)}
@@ -187,15 +200,21 @@ def compare(opened: Opened, features: Features, images: Tensor) -> dict[str, Any
     if features.classify is not None:
         labels = labels_of("all", len(images), opened.class_names, opened.guidable)
         logits = extract_images(features.classify, images, size, accelerator.device)
-        real, _ = extract(features.classify, data.test, accelerator, batch_size=size)
+        real, truth = extract(features.classify, data.test, accelerator, batch_size=size)
         right = logits.argmax(1) == labels
         found["sample_accuracy"] = float(right.double().mean())
         found["sample_accuracy_by_class"] = [
             float(right[labels == label].double().mean())
             for label in range(min(len(opened.class_names), len(images)))
         ]
-        found["held_out_accuracy"] = float((real.argmax(1) == held_labels).double().mean())
+        found["held_out_accuracy"] = float((real.argmax(1) == truth).double().mean())
     return found
+
+
+def _shuffled(rows: Tensor) -> Tensor:
+    """Mix rows whose classes may come one after the other: the first of them are of all then."""
+    generator = torch.Generator().manual_seed(key("shuffled", len(rows)))
+    return rows[torch.randperm(len(rows), generator=generator)]
 
 
 def _distances(real: Tensor, fake: Tensor) -> dict[str, Any]:

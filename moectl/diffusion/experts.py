@@ -17,6 +17,7 @@ Norm = Literal["group", "batch"]
 
 _EPS = 1e-5
 _MOMENTUM = 0.1
+_FEW = 4  # rows per expert; with more of them it pays on CPUs to call experts one by one
 
 Layer = Callable[[Tensor], Tensor]
 
@@ -158,10 +159,11 @@ class Experts(nn.Module):
             film: (R, 3 C), scale and shift in the middle and a gate at the end; None for none.
             how: "grouped" runs each expert once on all of its rows, which asks the device for their
                 numbers; "stacked" gathers the weights of every row and runs all at once, without
-                waiting. "auto" takes the first on CPUs.
+                waiting. "auto" takes the first on CPUs for many rows.
         """
         if how == "auto":
-            how = "grouped" if rows.device.type == "cpu" else "stacked"
+            many = rows.device.type == "cpu" and len(rows) > _FEW * self.count
+            how = "grouped" if many else "stacked"
         if how == "stacked":
             return self._run(
                 rows, [partial(one.each, experts=experts) for one in self._parts], film

@@ -86,7 +86,8 @@ def _round(  # noqa: PLR0913
     first: int,
 ) -> Tensor:
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
-    rows, done = [], 0
+    rows = [torch.zeros(0, 3 + len(model.blocks) * model.k_active, device=device)]
+    done = 0  # a process may get no image at all
     for images, labels in source.ordered(batch_size, device, rank, world):
         places = [first + rank + world * (done + row) for row in range(len(images))]
         done += len(images)

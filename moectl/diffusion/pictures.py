@@ -35,7 +35,7 @@ def write_samples(
 ) -> None:
     """Draw samples of every class, a row each, from the same noise every time.
 
-    They are made in this process alone, by 20 steps of DPM-Solver++.
+    They are made in this process alone, by 20 steps of DPM-Solver++, or as many as there are.
     """
     import torch
 
@@ -46,7 +46,8 @@ def write_samples(
     ask = guided(model, labels.to(accelerator.device), 1.0)
     noise = first_noise(seeds, settings.data.image_size).to(accelerator.device)
     with accelerator.autocast():
-        images = denoise(ask, diffusion, noise, seeds, sampler="dpmpp", steps=_STEPS)
+        steps = min(_STEPS, diffusion.steps)
+        images = denoise(ask, diffusion, noise, seeds, sampler="dpmpp", steps=steps)
     write_grid(path, images, _COLUMNS)
 
 

@@ -42,20 +42,16 @@ def _training(folder: Path, rows: list[dict[str, str]], steps: int) -> str:
     if not rows:
         return ""
     learning_curve(folder / "plots" / "learning_curve.png", rows)
-    first, last = rows[0], rows[-1]
+    ends = {f"epoch {row['epoch']}": row for row in (rows[0], rows[-1])}
     spans = {
-        f"epoch {row['epoch']}": [
-            float(value) if (value := row.get(f"loss_by_step/{span}")) else None
-            for span in range(10)
-        ]
-        for row in (first, last)
+        name: [_number(row, f"loss_by_step/{span}") for span in range(10)]
+        for name, row in ends.items()
     }
     loss_by_step(folder / "plots" / "loss_by_step.png", spans, steps)
     names = ("train/dm_loss", "train/load_loss", "val/loss", "load/largest", "load/dead")
-    known = [name for name in names if last.get(name)]
-    shown = [(name, *(_number(row, name) for row in (first, last))) for name in known]
-    columns = ("", f"epoch {first['epoch']}", f"epoch {last['epoch']}")
-    return "## Training\n\n" + table(columns, shown)
+    known = [name for name in names if rows[-1].get(name)]
+    shown = [(name, *(_number(row, name) for row in ends.values())) for name in known]
+    return "## Training\n\n" + table(("", *ends), shown)
 
 
 def report_again(folder: Path) -> None:

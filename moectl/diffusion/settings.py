@@ -3,11 +3,13 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, PositiveInt, field_validator, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from moectl.engine.sections import OptimSection, ScheduleSection, TrainSection
 from moectl.engine.settings import Flag, Section, Settings
+
+Factors = Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
 
 
 class DataSection(Section):
@@ -38,7 +40,7 @@ class ModelSection(Section):
 
     channels: Annotated[int, Flag("--model-channels"), Field(ge=8, multiple_of=8)] = 128
     """Channels of the first level."""
-    mults: Annotated[tuple[int, ...], Flag("--channel-mults")] = (1, 2, 4, 8)
+    mults: Annotated[Factors, Flag("--channel-mults")] = (1, 2, 4, 8)
     """Factors of the levels, with commas."""
     time_dim: Annotated[int, Field(ge=2, multiple_of=2)] = 512
     """Width of the embedding of the time step."""
@@ -57,7 +59,7 @@ class ModelSection(Section):
     compat: Annotated[Literal["none", "seed"], Flag("--compat")] = "none"
     """The corrected form, or the original's with its wiring mended."""
     dispatch: Literal["auto", "grouped", "stacked"] = "auto"
-    """How experts are run: each once on its images, or all at once with gathered weights."""
+    """How experts run: each on its images, all at once with gathered weights, or the faster."""
     checkpointing: Annotated[bool, Flag("--checkpointing")] = False
     """Compute blocks again in the backward pass, to save memory."""
 

@@ -24,10 +24,21 @@ if TYPE_CHECKING:
 Sampler = Literal["ddpm", "ddim", "dpmpp", "unipc"]
 
 
+def times(total: int, steps: int) -> list[int]:
+    """Return the steps of T at which the network is asked: evenly spaced, from the last one down.
+
+    Source: Lin et al. 2024 ("trailing").
+    """
+    return [round(place * total / steps) - 1 for place in range(steps, 0, -1)]
+
+
 def scheduler(
     diffusion: GaussianDiffusion, sampler: Sampler, steps: int, *, clip: bool = True
 ) -> Any:
-    """Return diffusers' scheduler over the betas of a process, its steps chosen.
+    """Return diffusers' scheduler of a process, over the steps of `times` alone.
+
+    It counts them from steps - 1 down to 0. If it chose them itself, it would take one too many for
+    some numbers (29 of 100), and its ddim would take strides for equal that are not (400 of 1000).
 
     Args:
         diffusion: the process.
@@ -51,12 +62,14 @@ def scheduler(
     else:  # a threshold that may not grow beyond 1 clips
         options = {"thresholding": clip, "sample_max_value": 1.0, "solver_order": 2}
     found = kinds[sampler](
-        num_train_timesteps=diffusion.steps,
-        trained_betas=diffusion.betas.numpy(),
+        num_train_timesteps=steps,
         prediction_type=diffusion.prediction,
         timestep_spacing="trailing",
         **options,
     )
+    # Not through betas, which the library rounds to float32: that of a long stride would be 1.
+    alphas = (1 - diffusion.betas).cumprod(0)
+    found.alphas_cumprod = alphas[times(diffusion.steps, steps)[::-1]]
     with warnings.catch_warnings():
         # The library asks torch for an array in the manner of NumPy 1.
         warnings.filterwarnings("ignore", "__array__ implementation", DeprecationWarning)
@@ -110,9 +123,8 @@ def denoise(  # noqa: PLR0913 - what a solver is made of
         # A clipped image goes with the noise that leads to it.
         options |= {"eta": eta, "use_clipped_model_output": clip}
     x = noise * solver.init_noise_sigma
-    for step in solver.timesteps:
-        predicted = predict(x, step.to(x.device).expand(len(x)))
-        # In float64 on the CPU the solvers' own tables are the only rounding.
+    for time, step in zip(times(diffusion.steps, steps), solver.timesteps, strict=True):
+        predicted = predict(x, torch.full((len(x),), time, device=x.device))
         x = solver.step(predicted.to(x), step, x, **options).prev_sample
         advance()
     return x
@@ -135,7 +147,8 @@ def guided(model: "UNet", labels: Tensor, scale: float) -> Callable[[Tensor, Ten
     both = torch.cat([nothing, labels])
 
     def predict(x: Tensor, t: Tensor) -> Tensor:
-        without, given = model(x.repeat(2, 1, 1, 1), t.repeat(2), both)[0].chunk(2)
+        # Their small difference is taken in full precision, whatever the network computes in.
+        without, given = model(x.repeat(2, 1, 1, 1), t.repeat(2), both)[0].to(x).chunk(2)
         return without + scale * (given - without)
 
     return predict
@@ -172,15 +185,14 @@ def generate(  # noqa: PLR0913 - what making images takes
         places[start : start + section.batch_size]
         for start in range(0, len(places), section.batch_size)
     ]
-    made = []
+    made, counter = [], itertools.count(1)
     with console.progress(len(parts) * section.steps) as bar:
-        for number, part in enumerate(parts):
+        for part in parts:
             own = [seeds[place] for place in part]
             chosen = labels[list(part)].to(accelerator.device)
             ask = guided(model, chosen, section.guidance)
             noise = first_noise(own, side).to(accelerator.device)
             words = f"{part[-1] + 1}/{len(labels)} images"
-            counter = itertools.count(number * section.steps + 1)
             with accelerator.autocast():
                 images = denoise(
                     ask,

@@ -49,7 +49,9 @@ def train(settings: DiffusionSettings, run: Run[DiffusionSettings]) -> None:
     trained = [weights for weights in model.parameters() if weights.requires_grad]
     optimizer = build_optimizer(settings.optim, trained)
     schedule = build_schedule(settings.schedule, settings.optim.lr, settings.train.epochs)
-    loop = run.loop(model, data.train, optimizer, schedule)
+    # Without patience nothing asks for the best epoch, whose checkpoints would only be kept.
+    monitor = "val/score" if settings.train.patience else ""
+    loop = run.loop(model, data.train, optimizer, schedule, monitor)
     loop.track(ema=averaged, usage=usage)
     weights = loss_weights(
         diffusion.alphas, settings.loss.weight, diffusion.prediction, settings.loss.gamma
@@ -167,7 +169,7 @@ def _report_load(step: Step, usage: Usage) -> None:
     found = usage.summary()
     step.log(**found)
     if found["load/dead"]:
-        log.warning("%d experts saw no image in epoch %d", found["load/dead"], step.epoch + 1)
+        log.warning("experts without an image in epoch %d: %d", step.epoch + 1, found["load/dead"])
 
 
 def _measure(
@@ -179,12 +181,13 @@ def _measure(
         diffusion,
         data.test,
         loop.accelerator,
-        batch_size=max(loop.settings.batch_size, 32),
+        batch_size=max(loop.settings.batch_size // loop.settings.accumulate, 32),
         limit=limit or _HELD_OUT,
     )
-    spans = by_step(held, diffusion.steps)
+    loss, spans = float(held.errors.mean()), by_step(held, diffusion.steps)
     return {
-        "val/loss": float(held.errors.mean()),
+        "val/loss": loss,
+        **({loop.monitor: -loss} if loop.monitor else {}),  # the largest is best
         **{f"loss_by_step/{number}": value for number, value in enumerate(spans)},
     }
 
@@ -199,7 +202,7 @@ def _keep(
 ) -> None:
     """Write weights and pictures of samples, where an epoch is due."""
     run, settings = loop.run, loop.run.settings
-    last = epoch == settings.train.epochs
+    last = epoch == settings.train.epochs or loop.patience_ends
     every = settings.train.sample_every
     if run.is_main and every and (last or epoch % every == 0):
         path = run.folder / "samples" / f"epoch_{epoch}.png"

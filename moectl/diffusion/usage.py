@@ -13,7 +13,8 @@ from moectl.diffusion.losses import load, shares
 
 def counts(logits: Sequence[Tensor], k_active: int) -> Tensor:
     """Return the assignments of every expert, (L, E), from the routers' logits (B, E) each."""
-    return torch.stack([shares(one, k_active) * (len(one) * k_active) for one in logits])
+    found = [shares(one, k_active) * (len(one) * k_active) for one in logits]
+    return torch.stack(found).round()
 
 
 class Usage(nn.Module):

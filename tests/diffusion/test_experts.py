@@ -227,16 +227,14 @@ def test_films_of_zeros_change_nothing():
     assert torch.equal(stacked(rows, CHOSEN, torch.zeros_like(film)), stacked(rows, CHOSEN))
 
 
-def test_cpus_group_the_rows(monkeypatch):
+@pytest.mark.parametrize(("rows", "grouped"), [(4 * E, False), (4 * E + 1, True)])
+def test_cpus_group_the_rows_where_there_are_many(monkeypatch, rows, grouped):
     stacked = made(True, "group")
     called = []
-    grouped = stacked._grouped
-    monkeypatch.setattr(stacked, "_grouped", lambda *v: called.append(1) or grouped(*v))
-    rows = rows_and_film()[0]
-    stacked(rows, CHOSEN, None, "stacked")
-    assert called == []
-    stacked(rows, CHOSEN)
-    assert called == [1]
+    own = stacked._grouped
+    monkeypatch.setattr(stacked, "_grouped", lambda *v: called.append(1) or own(*v))
+    stacked(torch.randn(rows, C, 2, 2, dtype=torch.float64), torch.arange(rows) % E)
+    assert bool(called) is grouped
 
 
 def test_weights_start_as_those_of_plain_convolutions():
