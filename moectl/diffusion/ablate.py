@@ -14,7 +14,7 @@ from moectl.diffusion.pictures import write_strip
 from moectl.diffusion.report import report
 from moectl.diffusion.settings import DiffusionSettings, ModelSection
 from moectl.diffusion.train import train
-from moectl.diffusion.variants import VARIANTS, changes
+from moectl.diffusion.variants import VARIANTS, changed, changes
 from moectl.engine.errors import Interrupted, RunFailed, UserError
 from moectl.engine.files import csv_text, is_file, write_json, write_text
 from moectl.engine.launch import agree
@@ -74,19 +74,13 @@ def _numbers(text: str) -> list[int]:
 
 
 def settings_of(settings: DiffusionSettings, own: Changes) -> DiffusionSettings:
-    """Return the settings of a variant.
+    """Return the settings that a variant is trained with.
 
     Raises:
         UserError: if they do not go together.
     """
-    try:
-        model = ModelSection(**{**settings.model.model_dump(), **own})
-    except ValueError as error:
-        words = str(error).splitlines()[2].strip().partition(" [")[0]
-        raise UserError(f"a variant cannot be: {words}") from None
-    tables = {name: getattr(settings, name) for name in type(settings).model_fields}
-    untimed = settings.train.model_copy(update={"max_time": ""})  # the limit is for all together
-    return DiffusionSettings(**{**tables, "model": model, "train": untimed})
+    train = settings.train.model_copy(update={"max_time": ""})  # the limit is for all together
+    return changed(settings.model_copy(update={"train": train}), own)
 
 
 def ablate(run: Run[DiffusionSettings], wanted: dict[str, Changes]) -> dict[str, Any]:

@@ -2,9 +2,11 @@
 
 from typing import Any
 
+from pydantic import ValidationError
+
 from moectl.diffusion.settings import DiffusionSettings, ModelSection
 from moectl.engine.errors import UserError
-from moectl.engine.settings import nearest
+from moectl.engine.settings import explain, nearest
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "full": {},
@@ -45,9 +47,22 @@ def variant(settings: DiffusionSettings, name: str) -> DiffusionSettings:
     Raises:
         UserError: if there is no such variant.
     """
-    values = {**settings.model.model_dump(), **changes(settings.model, name)}
-    tables = {key: getattr(settings, key) for key in type(settings).model_fields}
-    return type(settings)(**{**tables, "model": ModelSection(**values)})
+    return changed(settings, changes(settings.model, name))
+
+
+def changed(settings: DiffusionSettings, own: dict[str, Any]) -> DiffusionSettings:
+    """Return settings with other values in the table `model`.
+
+    Raises:
+        UserError: if they do not go together.
+    """
+    tables = {name: getattr(settings, name).model_dump() for name in type(settings).model_fields}
+    tables["model"] |= own
+    try:
+        return DiffusionSettings(**tables)
+    except ValidationError as error:
+        origin = {f"model.{key}": "variant" for key in own}
+        raise UserError(explain(DiffusionSettings, error, origin)) from None
 
 
 def arguments_of(settings: DiffusionSettings, num_classes: int) -> dict[str, Any]:

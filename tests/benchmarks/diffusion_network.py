@@ -3,7 +3,7 @@
 Usage: python tests/benchmarks/diffusion_network.py [--side 32] [--batch 16] [--rounds 5]
 
 UNet2DModel is given plain convolutional stages (no attention, two layers each) and class labels;
-its width is the multiple of 8 that brings its parameters nearest to ours, all experts included. They
+its width is the multiple of 8 that brings its parameters nearest to ours, experts included. They
 are timed in turn.
 """
 

@@ -1,0 +1,463 @@
+"""Training of the network: each update by hand, what options do to it, what a run leaves behind."""
+
+import copy
+import csv
+import json
+import logging
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from moectl.common.images import Plain
+from moectl.diffusion import pictures, train
+from moectl.diffusion.data import Data
+from moectl.diffusion.measures import step_of
+from moectl.diffusion.model import UNet, build
+from moectl.diffusion.settings import DiffusionSettings
+from moectl.engine.launch import build_accelerator
+from moectl.engine.run import create
+from moectl.engine.settings import resolve
+from moectl.engine.sources import Stream, TensorSource
+
+Fit = Callable[..., Path]
+
+TINY = {
+    "data.image_size": 8,
+    "model.channels": 8,
+    "model.mults": (1, 2),
+    "model.time_dim": 8,
+    "model.class_dim": 8,
+    "model.num_experts": 3,
+    "optim.lr": 0.01,
+    "train.precision": "no",
+    "train.batch_size": 8,
+    "train.epochs": 1,
+    "train.ema_decay": 0.9,
+    "train.log_every": 0,
+    "train.sample_every": 0,
+    "train.tensorboard": False,
+}
+
+
+def images_of(count: int, classes: int = 3) -> TensorSource:
+    """Noise that is brighter the higher the class, in turn."""
+    labels = torch.arange(count) % classes
+    noise = torch.randint(0, 80, (count, 3, 8, 8), generator=torch.Generator().manual_seed(count))
+    levels = (noise + 80 * labels.view(-1, 1, 1, 1)).to(torch.uint8)
+    return TensorSource(levels, labels, None, Plain((0.5,) * 3, (0.5,) * 3))
+
+
+@pytest.fixture
+def fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fit:
+    """Train on 24 images for one epoch of 3 updates, with settings such as model__moe=False."""
+
+    def call(name: str = "t", source: TensorSource | None = None, **values: Any) -> Path:
+        source = source or images_of(24)
+        facts = {"dataset": "noise", "image_size": 8, "images": {}, "digest": "0" * 16}
+        data = Data(source, images_of(8), ["a", "b", "c"], facts)
+        given = TINY | {key.replace("__", "."): value for key, value in values.items()}
+        settings, origin = resolve(DiffusionSettings, given, [], [])
+        accelerator = build_accelerator(settings.train, cpu=True)
+        room = {"room": "diffusion", "command": "train", "name": name, "origin": origin}
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "load", lambda _: data)
+            patch.setattr(train, "report", lambda _: None)  # has tests of its own
+            with create(settings, accelerator, out=tmp_path / name, **room) as run:  # type: ignore[arg-type]
+                train.train(settings, run)
+        return tmp_path / name
+
+    return call
+
+
+def payload(folder: Path, epoch: int = 1) -> dict[str, Any]:
+    found = torch.load(folder / f"checkpoint_epoch_{epoch}.pth", weights_only=True)
+    assert isinstance(found, dict)
+    return found
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def apart(one: Path, other: Path, key: str = "model_state_dict") -> float:
+    """Largest difference of any weight."""
+    first, second = (payload(folder)[key] for folder in (one, other))
+    assert first.keys() == second.keys()
+    return max(float((first[name] - second[name]).abs().max()) for name in first)
+
+
+def experts_chosen(model: nn.Module, bias: list[float]) -> None:
+    """Let the routers choose by a bias alone."""
+    for part in model.modules():
+        if hasattr(part, "router"):
+            nn.init.zeros_(part.router.mlp[2].weight)
+            part.router.mlp[2].bias.data = torch.tensor(bias)
+
+
+# What a run leaves
+
+
+def test_weights_files_have_the_keys_of_the_original_and_plain_types(finished_run: Path) -> None:
+    for number, epoch in enumerate((1, 2)):
+        found = payload(finished_run, epoch)
+        assert set(found) == {
+            *("epoch", "model_state_dict", "optimizer_state_dict", "loss"),
+            *("ema_state_dict", "config", "format_version"),
+        }
+        assert found["epoch"] == number
+        assert found["format_version"] == 1
+        assert found["config"]["model"]["num_experts"] == 3
+        assert found["ema_state_dict"].keys() == found["model_state_dict"].keys()
+        assert len(found["optimizer_state_dict"]["state"]) > 50
+    last = [row for row in rows(finished_run) if row["train/loss"]][-1]
+    assert found["loss"] == pytest.approx(float(last["train/loss"]))
+
+
+def test_the_sidecar_rebuilds_the_network(finished_run: Path) -> None:
+    facts = json.loads((finished_run / "checkpoint_epoch_2.pth.json").read_text())
+    assert (facts["model"], facts["epoch"], facts["run"]) == ("UNet", 2, "diffusion/t")
+    assert facts["process"] == {"steps": 1000, "schedule": "linear", "prediction": "epsilon"}
+    assert facts["class_names"] == list("0123456789")
+    assert (facts["dataset"], facts["image_size"]) == ("digits", 8)
+    build(facts["arguments"]).load_state_dict(payload(finished_run, 2)["model_state_dict"])
+
+
+def test_the_log_has_the_lines_of_the_original(fit: Fit) -> None:
+    folder = fit(train__log_every=2, train__epochs=2)
+    lines = [line.split(" INFO ")[-1] for line in (folder / "log.txt").read_text().splitlines()]
+    assert "3 classes" in lines[0]
+    assert "MoE on, Freq on, DS-Conv on; cpu; 0.02M parameters; 24 images of" in lines[0]
+    for row in rows(folder):
+        kind = "train" if row["train/loss"] else "running"
+        values = [f"{float(row[f'{kind}/{name}']):.4f}" for name in ("loss", "dm_loss", "load_loss")]
+        place, avg = f"[Epoch {row['epoch']}, Step {row['update']}] ", ""
+        if kind == "train":
+            place, avg = f"[Epoch {row['epoch']}/2] ", "Avg "
+        text = f"{avg}Loss: {{}}, {avg}DM Loss: {{}}, {avg}Load Loss: {{}}".format(*values)
+        assert place + text in lines
+    assert sum("] Loss" in line for line in lines) == 2
+    assert lines.count(f"Saved checkpoint: {folder}/checkpoint_epoch_2.pth") == 1
+    assert not any("checkpoint_epoch_1" in line for line in lines)
+
+
+def test_metrics_have_the_held_out_loss_and_its_tenths(fit: Fit) -> None:
+    folder = fit(source=images_of(32), train__epochs=2)
+    for row in rows(folder):
+        spans = [row[f"loss_by_step/{number}"] for number in range(10)]
+        images = Counter(step_of(place, 1000) // 100 for place in range(8))
+        assert [number for number in range(10) if spans[number]] == sorted(images)
+        total = sum(float(spans[number]) * count for number, count in images.items())
+        assert float(row["val/loss"]) == pytest.approx(total / 8, rel=1e-5)
+    record = json.loads((folder / "run.json").read_text())
+    last = record["scores"]["last"]
+    assert last["epoch"] == 2
+    assert last["val/loss"] == float(row["val/loss"])
+    assert record["status"] == "finished"
+
+
+def test_the_held_out_loss_is_that_of_the_averaged_weights(fit: Fit) -> None:
+    still = fit("still", train__ema_decay=0.999999, train__epochs=4)
+    moving = fit("moving", train__ema_decay=0.0, train__epochs=4)
+    assert payload(still, 4)["loss"] == payload(moving, 4)["loss"]
+    one, other = (float(rows(folder)[-1]["val/loss"]) for folder in (still, moving))
+    assert one > other + 0.01
+
+
+def test_weights_and_samples_appear_when_they_are_due(
+    fit: Fit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[tuple[str, UNet]] = []
+    monkeypatch.setattr(train, "write_samples", lambda path, model, *_: made.append((path, model)))
+    folder = fit(train__epochs=5, train__save_every=2, train__sample_every=3)
+    assert {path.name for path in folder.glob("*.pth")} == {
+        f"checkpoint_epoch_{epoch}.pth" for epoch in (2, 4, 5)
+    }
+    assert [path for path, _ in made] == [folder / "samples" / f"epoch_{n}.png" for n in (3, 5)]
+    averaged = payload(folder, 5)["ema_state_dict"]
+    assert not made[-1][1].training
+    for name, value in made[-1][1].state_dict().items():
+        assert torch.equal(value, averaged[name])
+
+
+def test_patience_ends_with_weights(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
+    own, scores = train._measure, iter([3.0, 2.0, 1.0, 2.0, 1.5, 0.5])
+    monkeypatch.setattr(pictures, "write_grid", lambda *_: None)
+
+    def measured(loop: Any, *given: Any, **named: Any) -> dict[str, Any]:
+        found = own(loop, *given, **named)
+        if named:  # the rehearsal
+            return found
+        assert found[loop.monitor] == -found["val/loss"]
+        return found | {loop.monitor: -next(scores)}
+
+    monkeypatch.setattr(train, "_measure", measured)
+    folder = fit(train__epochs=6, train__patience=2)
+    assert [row["epoch"] for row in rows(folder)] == ["1", "2", "3", "4", "5"]
+    assert payload(folder, 5)["epoch"] == 4
+
+
+# The average
+
+
+@pytest.mark.parametrize("decay", [0.9, 0.3, 0.0])
+def test_the_average_is_that_of_a_slow_reference(decay: float) -> None:
+    model = nn.Linear(3, 2)
+    averaged = train.average(model, decay)  # type: ignore[arg-type]
+    expected: list[float] = []
+    for done in range(8):
+        with torch.no_grad():
+            for weights in model.parameters():
+                weights.normal_()
+        averaged.update_parameters(model)
+        values = nn.utils.parameters_to_vector(model.parameters()).tolist()
+        now = min(decay, (1 + done) / (10 + done)) if done else 0.0
+        old = expected or values
+        expected = [now * a + (1 - now) * b for a, b in zip(old, values, strict=True)]
+        found = nn.utils.parameters_to_vector(averaged.module.parameters()).tolist()
+        assert found == pytest.approx(expected, abs=1e-6)
+        assert decay or found == values
+
+
+def test_without_an_average_there_are_raw_weights_alone(fit: Fit) -> None:
+    found = payload(fit(train__ema_decay=0.0))
+    assert "ema_state_dict" not in found
+
+
+# Draws
+
+
+def drawn(
+    index: int = 0, size: int = 12, slots: Tensor | None = None, seed: int = 0, **loss: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    values = {f"loss.{name}": value for name, value in loss.items()}
+    settings, _ = resolve(DiffusionSettings, {"train.seed": seed, **values}, [], [])
+    slots = torch.arange(size) if slots is None else slots
+    step: Any = SimpleNamespace(index=index, size=size, slots=slots)
+    model: Any = SimpleNamespace(num_classes=10)
+    images, labels = torch.zeros(len(slots), 3, 2, 2), torch.full((len(slots),), 4)
+    return train.draw(settings, step, images, labels, model)
+
+
+def test_steps_are_even_and_some_labels_hidden() -> None:
+    parts = [drawn(index, 1000) for index in range(20)]
+    t, noise, labels = (torch.cat(part) for part in zip(*parts, strict=True))
+    counts = torch.bincount(t * 10 // 1000, minlength=10)
+    assert len(counts) == 10
+    assert (counts - 2000).abs().max() < 5 * 43  # standard deviations
+    assert (t.min(), t.max()) == (0, 999)
+    assert set(labels.tolist()) == {4, 10}
+    assert float((labels == 10).double().mean()) == pytest.approx(0.1, abs=0.012)
+    assert abs(float(noise.mean())) < 0.02
+    assert float(noise.std()) == pytest.approx(1, abs=0.02)
+
+
+def test_a_share_of_zero_hides_no_label() -> None:
+    assert set(drawn(size=2000, p_uncond=0.0)[2].tolist()) == {4}
+
+
+@pytest.mark.parametrize(("world", "accumulate"), [(1, 3), (2, 1), (2, 2)])
+def test_draws_do_not_depend_on_how_a_batch_is_cut(world: int, accumulate: int) -> None:
+    whole = drawn(p_uncond=0.5)
+    for rank in range(world):
+        for chunk in Stream(12, 12, 0, rank, world, accumulate).epoch(0):
+            for own, all_of_them in zip(drawn(slots=chunk.slots, p_uncond=0.5), whole, strict=True):
+                assert torch.equal(own, all_of_them[chunk.slots])
+
+
+def test_every_update_and_every_seed_draws_anew() -> None:
+    first = drawn()
+    assert all(torch.equal(one, two) for one, two in zip(first, drawn(), strict=True))
+    for other in (drawn(index=1), drawn(seed=1)):
+        assert not torch.equal(first[0], other[0])
+        assert not torch.equal(first[1], other[1])
+
+
+# Updates by hand
+
+
+def by_hand(seen: list[Any], model: UNet, settings: dict[str, Any]) -> dict[str, float]:
+    """Train a copy of the first weights in plain torch; return the means of the losses."""
+    kinds = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
+    kind = kinds[settings.get("optim__name", "adamw")]
+    more = {"weight_decay": 0.0} if kind is torch.optim.AdamW else {}
+    optimizer = kind(model.parameters(), lr=0.01, **more)
+    alphas = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0).float()
+    sums = {"loss": 0.0, "dm_loss": 0.0, "load_loss": 0.0}
+    for images, t, noise, labels in seen:
+        alpha = alphas[t].view(-1, 1, 1, 1)
+        predicted, logits = model(alpha.sqrt() * images + (1 - alpha).sqrt() * noise, t, labels)
+        target = noise
+        ratio = alphas[t] / (1 - alphas[t])
+        weight = torch.ones(len(t))
+        if settings.get("process__prediction"):
+            target = alpha.sqrt() * noise - (1 - alpha).sqrt() * images
+        if settings.get("loss__weight"):
+            weight = ratio.clamp(max=5) / ratio
+        dm = (weight * (predicted - target).square().flatten(1).mean(1)).mean()
+        load = torch.tensor(0.0)
+        for one in logits:
+            shares = torch.zeros(3)
+            for row in one:
+                for expert in row.topk(2).indices:
+                    shares[expert] += 1 / (2 * len(one))
+            chances = one.softmax(1)
+            if settings.get("loss__balance") == "variance":
+                load = load + chances.var(1).mean() / len(logits)
+            elif settings.get("loss__balance") != "none":
+                load = load + 3 * (shares * chances.mean(0)).sum() / len(logits)
+        loss = dm + settings.get("loss__lambda_load", 0.01) * load
+        optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        if clip := settings.get("optim__clip_norm", 1.0):
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+        for name, value in (("loss", loss), ("dm_loss", dm), ("load_loss", load)):
+            sums[name] += float(value) / len(seen)
+    return sums
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"optim__name": "sgd", "optim__clip_norm": 0.0, "loss__lambda_load": 0.5},
+        {"optim__name": "sgd", "optim__clip_norm": 0.1, "loss__balance": "none"},
+        {"loss__balance": "variance", "loss__lambda_load": 2.0},
+        {"loss__weight": "min_snr"},
+        {"process__prediction": "v_prediction"},
+        {"model__moe": False},
+    ],
+    ids=lambda values: " ".join(str(value) for value in values.values()),
+)
+def test_updates_are_those_by_hand(
+    fit: Fit, monkeypatch: pytest.MonkeyPatch, values: dict[str, Any]
+) -> None:
+    seen: list[Any] = []
+    models: list[UNet] = []
+    own = train.draw
+
+    def draw(settings: Any, step: Any, images: Tensor, labels: Tensor, model: UNet) -> Any:
+        found = own(settings, step, images, labels, model)
+        seen.append((images, *found))
+        return found
+
+    def built(arguments: dict[str, Any]) -> UNet:
+        model = build(arguments)
+        models.append(copy.deepcopy(model))
+        return model
+
+    monkeypatch.setattr(train, "draw", draw)
+    monkeypatch.setattr(train, "build", built)
+    folder = fit(**values)
+    assert len(seen) == 3
+    means = by_hand(seen, models[0], values)
+    trained = payload(folder)["model_state_dict"]
+    # AdamW makes whole steps of gradients that are nothing but rounding.
+    exact = 1e-6 if values.get("optim__name") == "sgd" else 1e-4
+    for name, weights in models[0].state_dict().items():
+        assert torch.allclose(weights, trained[name], atol=exact), name
+    found = {name: float(rows(folder)[0][f"train/{name}"]) for name in means}
+    assert found == pytest.approx(means, rel=1e-5)
+
+
+# What options do
+
+
+def test_checkpointing_changes_nothing(fit: Fit) -> None:
+    assert apart(fit("plain"), fit("again", model__checkpointing=True)) < 1e-6
+
+
+def test_micro_batches_give_the_whole_batch(fit: Fit) -> None:
+    values = {"loss__balance": "none", "optim__name": "sgd"}
+    assert apart(fit("whole", **values), fit("cut", train__accumulate=2, **values)) < 1e-6
+
+
+def test_micro_batches_balance_nearly_as_the_whole(fit: Fit) -> None:
+    values = {"optim__name": "sgd", "loss__lambda_load": 0.5}
+    whole, cut = fit("whole", **values), fit("cut", train__accumulate=2, **values)
+    assert 0 < apart(whole, cut) < 2e-3
+    one, two = (float(rows(folder)[0]["train/load_loss"]) for folder in (whole, cut))
+    assert one == pytest.approx(two, rel=0.02)
+    assert rows(whole)[0]["load/largest"] == rows(cut)[0]["load/largest"]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"model__compat": "seed", "loss__balance": "variance", "loss__p_uncond": 0.0},
+        {"model__compat": "seed", "model__moe": False, "loss__p_uncond": 0.0},
+        {"model__compat": "seed", "model__moe": False, "model__freq": False},
+        {"model__moe": False, "model__freq": False, "model__dsconv": False},
+        {"model__freq": False, "model__dispatch": "stacked", "process__schedule": "cosine"},
+    ],
+    ids=lambda values: " ".join(f"{key[7:]}={value}" for key, value in values.items()),
+)
+def test_every_form_trains(fit: Fit, values: dict[str, Any]) -> None:
+    folder = fit(train__epochs=3, **values)
+    losses = [float(row["train/dm_loss"]) for row in rows(folder)]
+    assert losses[2] < losses[0]
+    found, seed = payload(folder, 3), values.get("model__compat") == "seed"
+    averages = [name for name in found["model_state_dict"] if "running_" in name]
+    assert bool(averages) == seed
+    for name in averages:
+        assert torch.equal(found["model_state_dict"][name], found["ema_state_dict"][name])
+    if not values.get("model__moe", True):
+        assert {row["train/load_loss"] for row in rows(folder)} == {"0.0"}
+        assert "load/dead" not in rows(folder)[0]
+
+
+def test_sixteen_images_are_learned_by_heart(fit: Fit) -> None:
+    few = images_of(16)
+    many = TensorSource(few.images.repeat(20, 1, 1, 1), few.labels.repeat(20), None, few.plain)
+    folder = fit(source=many, model__channels=16, train__batch_size=16, train__epochs=10)
+    losses = [float(row["train/dm_loss"]) for row in rows(folder)]
+    assert losses[0] > 0.4
+    assert losses[-1] < 0.15
+
+
+def test_idle_experts_are_counted_and_told_of(
+    fit: Fit, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def one_sided(arguments: dict[str, Any]) -> UNet:
+        model = build(arguments)
+        experts_chosen(model, [9.0, 0.0, -9.0])
+        return model
+
+    with caplog.at_level(logging.WARNING):
+        even = fit("even", train__batch_size=24, model__num_experts=2)
+    assert not caplog.records
+    assert rows(even)[0]["load/dead"] == "0.0"
+    monkeypatch.setattr(train, "build", one_sided)
+    with caplog.at_level(logging.WARNING):
+        folder = fit(model__k_active=1)
+    assert [record.getMessage() for record in caplog.records] == [
+        "experts without an image in epoch 1: 6"
+    ]
+    row = rows(folder)[0]
+    found = [float(row[f"load/{name}"]) for name in ("largest", "entropy", "dead")]
+    assert found == pytest.approx([3, 0, 6])
+
+
+def test_a_flat_folder_of_images_is_one_class(
+    diffusion: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    for number in range(12):
+        Image.new("RGB", (9, 8), (20 * number, 90, 0)).save(tmp_path / f"{number}.png")
+    values = TINY | {"model.mults": [1, 2], "train.sample_every": 1, "data.workers": 0}
+    words = [f"--set={key}={value}" for key, value in values.items()]
+    words += ["--data=folder", f"--data-dir={tmp_path}", "--out=run", "--cpu"]
+    code, out, err = diffusion("train", *words)
+    assert code == 0, err
+    assert out == "run\n"
+    facts = json.loads(Path("run/checkpoint_epoch_1.pth.json").read_text())
+    assert facts["class_names"] == ["image"]
+    assert facts["images"] == {"train": 11, "test": 1}
+    with Image.open("run/samples/epoch_1.png") as picture:
+        assert picture.width > 4 * picture.height
