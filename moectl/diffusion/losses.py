@@ -98,3 +98,44 @@ def loss_weights(alphas: Tensor, kind: Weight, prediction: Prediction, gamma: fl
     ratio = alphas / (1 - alphas)
     below = ratio.clamp(max=gamma)
     return below / ratio if prediction == "epsilon" else below / (ratio + 1)
+
+
+class Terms(NamedTuple):
+    """What a network learns by, as scalars."""
+
+    loss: Tensor
+    """The sum of the next one and of the last one by its weight."""
+    dm_loss: Tensor
+    """Weighted squared error."""
+    load_loss: Tensor
+    """Balance of the routers."""
+
+
+def diffusion_loss(  # noqa: PLR0913 - what a loss is made of
+    predicted: Tensor,
+    target: Tensor,
+    logits: Sequence[Tensor],
+    shares_of: Sequence[Tensor],
+    *,
+    weights: Tensor | float = 1.0,
+    balance: Balance = "switch",
+    lambda_load: float = 0.01,
+) -> Terms:
+    """Return the loss of a batch and its two terms.
+
+    Args:
+        predicted: (B, C, H, W) what the network says.
+        target: of the same size, in float32 also under autocast; see
+            `process.GaussianDiffusion.target`.
+        logits: (B, E) of each block of experts.
+        shares_of: (E,) of each block, see `shares`.
+        weights: (B,) of the images, see `loss_weights`.
+        balance: of the routers.
+        lambda_load: weight of that.
+    """
+    errors = (predicted.to(target) - target).square().mean((1, 2, 3))
+    dm_loss = (weights * errors).mean()
+    load_loss = balance_loss(logits, balance, shares_of)
+    if load_loss is None:
+        load_loss = torch.zeros_like(dm_loss)
+    return Terms(dm_loss + lambda_load * load_loss, dm_loss, load_loss)

@@ -9,7 +9,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from moectl import __version__
 from moectl.diffusion.data import Data, load
-from moectl.diffusion.losses import balance_loss, loss_weights
+from moectl.diffusion.losses import diffusion_loss, loss_weights
 from moectl.diffusion.measures import by_step, measure
 from moectl.diffusion.model import UNet, build
 from moectl.diffusion.pictures import write_samples
@@ -56,6 +56,7 @@ def train(settings: DiffusionSettings, run: Run[DiffusionSettings]) -> None:
     weights = loss_weights(
         diffusion.alphas, settings.loss.weight, diffusion.prediction, settings.loss.gamma
     )
+    balance = settings.loss.model_dump(include={"balance", "lambda_load"})
     _introduce(run, model, data)
     loop.rehearse(lambda: _measure(loop, averaged, diffusion, data, limit=1))
 
@@ -64,14 +65,11 @@ def train(settings: DiffusionSettings, run: Run[DiffusionSettings]) -> None:
         t, noise, labels = draw(settings, step, images, labels, model)
         x = diffusion.add_noise(images, t, noise)
         predicted, logits = loop.model(x, t, labels)
-        errors = (predicted.float() - diffusion.target(images, t, noise)).square().mean((1, 2, 3))
-        dm_loss = (weights[t] * errors).mean()
-        load_loss = dm_loss.new_zeros(())
-        if logits:
-            shares = usage.add(logits, ends_update=step.ends_update)
-            found = balance_loss(logits, settings.loss.balance, list(shares))
-            load_loss = load_loss if found is None else found
-        loss = dm_loss + settings.loss.lambda_load * load_loss
+        target = diffusion.target(images, t, noise)
+        shares = usage.add(logits, ends_update=step.ends_update)
+        loss, dm_loss, load_loss = diffusion_loss(
+            predicted, target, logits, shares, weights=weights[t], **balance
+        )
         step.update(loss, dm_loss=dm_loss, load_loss=load_loss)
         if step.ends_update:
             averaged.update_parameters(model)

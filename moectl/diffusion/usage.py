@@ -37,21 +37,23 @@ class Usage(nn.Module):
         self.register_buffer("epoch", torch.zeros(blocks, experts))
         self.register_buffer("update", torch.zeros(blocks, experts), persistent=False)
 
-    def add(self, logits: Sequence[Tensor], *, ends_update: bool) -> Tensor:
-        """Count a micro-batch, and return the shares of the update so far, (L, E).
+    def add(self, logits: Sequence[Tensor], *, ends_update: bool) -> list[Tensor]:
+        """Count a micro-batch, and return each block's shares (E,) of the update so far.
 
         Routing is per image: a micro-batch of one process has too few of them for its own shares to
         say anything about the load.
 
         Source: Qiu et al. 2025 (balance over the global batch).
         """
+        if not logits:
+            return []
         own = counts(logits, self.k_active)
         if self.processes > 1:
             torch.distributed.all_reduce(own)
         self.epoch += own
         so_far = self.update + own
         self.update = torch.zeros_like(so_far) if ends_update else so_far
-        return so_far / so_far.sum(1, keepdim=True)
+        return list(so_far / so_far.sum(1, keepdim=True))
 
     def summary(self) -> dict[str, float]:
         """Describe the epoch, and begin the next one.

@@ -77,3 +77,75 @@ def new_run(tmp_path: Path) -> Callable[..., Any]:
         )
 
     return make
+
+
+SMALL = {
+    "data.image_size": 8,
+    "model.channels": 8,
+    "model.mults": [1, 2],
+    "model.time_dim": 8,
+    "model.class_dim": 8,
+    "model.num_experts": 3,
+    "optim.lr": 0.01,
+    "train.precision": "no",
+    "train.batch_size": 8,
+    "train.epochs": 1,
+    "train.ema_decay": 0.9,
+    "train.log_every": 0,
+    "train.sample_every": 0,
+    "train.tensorboard": False,
+}
+
+
+@pytest.fixture(scope="session")
+def images_of() -> Callable[..., Any]:
+    """Make a source of so many images: noise that is brighter the higher the class, in turn."""
+    import torch
+
+    from moectl.common.images import Plain
+    from moectl.engine.sources import TensorSource
+
+    def make(count: int, copies: int = 1) -> TensorSource:
+        labels = torch.arange(count) % 3
+        draws = torch.Generator().manual_seed(count)
+        noise = torch.randint(0, 80, (count, 3, 8, 8), generator=draws)
+        levels = (noise + 80 * labels.view(-1, 1, 1, 1)).to(torch.uint8)
+        plain = Plain((0.5,) * 3, (0.5,) * 3)
+        return TensorSource(levels.repeat(copies, 1, 1, 1), labels.repeat(copies), None, plain)
+
+    return make
+
+
+@pytest.fixture
+def fit(
+    images_of: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Path]:
+    """Train on 24 images, 3 updates an epoch, with settings such as model__moe=False; no report."""
+    from moectl.diffusion import train
+    from moectl.diffusion.data import Data
+    from moectl.diffusion.settings import DiffusionSettings
+    from moectl.engine.launch import build_accelerator
+    from moectl.engine.run import create
+    from moectl.engine.settings import resolve
+
+    def call(name: str = "t", source: Any = None, **values: Any) -> Path:
+        facts = {"dataset": "noise", "image_size": 8, "images": {}, "digest": "0" * 16}
+        data = Data(source or images_of(24), images_of(8), ["a", "b", "c"], facts)
+        given = SMALL | {key.replace("__", "."): value for key, value in values.items()}
+        settings, origin = resolve(DiffusionSettings, given, [], [])
+        monkeypatch.setattr(train, "load", lambda _: data)
+        monkeypatch.setattr(train, "report", lambda _: None)
+        run = create(
+            settings,
+            build_accelerator(settings.train, cpu=True),
+            room="diffusion",
+            command="train",
+            name=name,
+            out=tmp_path / name,
+            origin=origin,
+        )
+        with run:
+            train.train(settings, run)
+        return tmp_path / name
+
+    return call

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from moectl.diffusion.losses import (
     balance_loss,
+    diffusion_loss,
     load,
     loss_weights,
     shares,
@@ -186,3 +187,34 @@ def test_weights_of_velocities_are_those_of_the_same_error_in_the_image(gamma):
 def test_weights_are_1_without_a_kind(prediction):
     found = loss_weights(linear(), "none", prediction)
     assert torch.equal(found, torch.ones(1000, dtype=torch.float64))
+
+
+class TestDiffusionLoss:
+    def test_it_is_the_error_and_the_weighted_balance(self):
+        predicted, target = torch.full((2, 3, 4, 4), 0.5), torch.zeros(2, 3, 4, 4)
+        logits = [torch.tensor([[4.0, 3.0, 2.0, 1.0], [1.0, 2.0, 3.0, 4.0]])]
+        own = [shares(logits[0], 2)]
+        found = diffusion_loss(predicted, target, logits, own, lambda_load=0.1)
+        assert found.dm_loss == 0.25
+        torch.testing.assert_close(found.load_loss, switch_balance(logits[0], own[0]))
+        torch.testing.assert_close(found.loss, 0.25 + 0.1 * found.load_loss)
+
+    def test_images_have_weights(self):
+        predicted = torch.stack([torch.ones(3, 4, 4), torch.full((3, 4, 4), 2.0)])
+        weights = torch.tensor([3.0, 0.5])
+        found = diffusion_loss(predicted, torch.zeros_like(predicted), [], [], weights=weights)
+        assert found.dm_loss == (3 * 1 + 0.5 * 4) / 2
+        assert found.load_loss == 0
+        assert found.loss == found.dm_loss
+
+    def test_without_a_balance_it_is_the_error(self):
+        logits = [torch.randn(2, 4)]
+        zeros = torch.zeros(2, 3, 4, 4)
+        found = diffusion_loss(zeros, zeros, logits, [shares(logits[0], 2)], balance="none")
+        assert found == (0, 0, 0)
+
+    def test_half_precision_is_compared_in_that_of_the_target(self):
+        predicted = torch.full((1, 3, 2, 2), 0.1, dtype=torch.bfloat16)
+        found = diffusion_loss(predicted, torch.zeros(1, 3, 2, 2), [], [])
+        assert found.dm_loss.dtype == torch.float32
+        assert float(found.dm_loss) == pytest.approx(float(predicted[0, 0, 0, 0]) ** 2, rel=1e-6)

@@ -15,65 +15,15 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from moectl.common.images import Plain
-from moectl.diffusion import pictures, train
-from moectl.diffusion.data import Data
+from moectl.diffusion import train
+from moectl.diffusion.blocks import MixtureBlock
 from moectl.diffusion.measures import step_of
 from moectl.diffusion.model import UNet, build
 from moectl.diffusion.settings import DiffusionSettings
-from moectl.engine.launch import build_accelerator
-from moectl.engine.run import create
 from moectl.engine.settings import resolve
-from moectl.engine.sources import Stream, TensorSource
+from moectl.engine.sources import Stream
 
 Fit = Callable[..., Path]
-
-TINY = {
-    "data.image_size": 8,
-    "model.channels": 8,
-    "model.mults": (1, 2),
-    "model.time_dim": 8,
-    "model.class_dim": 8,
-    "model.num_experts": 3,
-    "optim.lr": 0.01,
-    "train.precision": "no",
-    "train.batch_size": 8,
-    "train.epochs": 1,
-    "train.ema_decay": 0.9,
-    "train.log_every": 0,
-    "train.sample_every": 0,
-    "train.tensorboard": False,
-}
-
-
-def images_of(count: int, classes: int = 3) -> TensorSource:
-    """Noise that is brighter the higher the class, in turn."""
-    labels = torch.arange(count) % classes
-    noise = torch.randint(0, 80, (count, 3, 8, 8), generator=torch.Generator().manual_seed(count))
-    levels = (noise + 80 * labels.view(-1, 1, 1, 1)).to(torch.uint8)
-    return TensorSource(levels, labels, None, Plain((0.5,) * 3, (0.5,) * 3))
-
-
-@pytest.fixture
-def fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fit:
-    """Train on 24 images for one epoch of 3 updates, with settings such as model__moe=False."""
-
-    def call(name: str = "t", source: TensorSource | None = None, **values: Any) -> Path:
-        source = source or images_of(24)
-        facts = {"dataset": "noise", "image_size": 8, "images": {}, "digest": "0" * 16}
-        data = Data(source, images_of(8), ["a", "b", "c"], facts)
-        given = TINY | {key.replace("__", "."): value for key, value in values.items()}
-        settings, origin = resolve(DiffusionSettings, given, [], [])
-        accelerator = build_accelerator(settings.train, cpu=True)
-        room = {"room": "diffusion", "command": "train", "name": name, "origin": origin}
-        with monkeypatch.context() as patch:
-            patch.setattr(train, "load", lambda _: data)
-            patch.setattr(train, "report", lambda _: None)  # has tests of its own
-            with create(settings, accelerator, out=tmp_path / name, **room) as run:  # type: ignore[arg-type]
-                train.train(settings, run)
-        return tmp_path / name
-
-    return call
 
 
 def payload(folder: Path, epoch: int = 1) -> dict[str, Any]:
@@ -97,9 +47,10 @@ def apart(one: Path, other: Path, key: str = "model_state_dict") -> float:
 def experts_chosen(model: nn.Module, bias: list[float]) -> None:
     """Let the routers choose by a bias alone."""
     for part in model.modules():
-        if hasattr(part, "router"):
-            nn.init.zeros_(part.router.mlp[2].weight)
-            part.router.mlp[2].bias.data = torch.tensor(bias)
+        if isinstance(part, MixtureBlock):
+            last: Any = part.router.mlp[2]
+            nn.init.zeros_(last.weight)
+            last.bias.data = torch.tensor(bias)
 
 
 # What a run leaves
@@ -137,7 +88,9 @@ def test_the_log_has_the_lines_of_the_original(fit: Fit) -> None:
     assert "MoE on, Freq on, DS-Conv on; cpu; 0.02M parameters; 24 images of" in lines[0]
     for row in rows(folder):
         kind = "train" if row["train/loss"] else "running"
-        values = [f"{float(row[f'{kind}/{name}']):.4f}" for name in ("loss", "dm_loss", "load_loss")]
+        values = [
+            f"{float(row[f'{kind}/{name}']):.4f}" for name in ("loss", "dm_loss", "load_loss")
+        ]
         place, avg = f"[Epoch {row['epoch']}, Step {row['update']}] ", ""
         if kind == "train":
             place, avg = f"[Epoch {row['epoch']}/2] ", "Avg "
@@ -149,7 +102,7 @@ def test_the_log_has_the_lines_of_the_original(fit: Fit) -> None:
 
 
 def test_metrics_have_the_held_out_loss_and_its_tenths(fit: Fit) -> None:
-    folder = fit(source=images_of(32), train__epochs=2)
+    folder = fit(train__epochs=2)
     for row in rows(folder):
         spans = [row[f"loss_by_step/{number}"] for number in range(10)]
         images = Counter(step_of(place, 1000) // 100 for place in range(8))
@@ -174,7 +127,7 @@ def test_the_held_out_loss_is_that_of_the_averaged_weights(fit: Fit) -> None:
 def test_weights_and_samples_appear_when_they_are_due(
     fit: Fit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made: list[tuple[str, UNet]] = []
+    made: list[tuple[Path, UNet]] = []
     monkeypatch.setattr(train, "write_samples", lambda path, model, *_: made.append((path, model)))
     folder = fit(train__epochs=5, train__save_every=2, train__sample_every=3)
     assert {path.name for path in folder.glob("*.pth")} == {
@@ -189,10 +142,9 @@ def test_weights_and_samples_appear_when_they_are_due(
 
 def test_patience_ends_with_weights(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
     own, scores = train._measure, iter([3.0, 2.0, 1.0, 2.0, 1.5, 0.5])
-    monkeypatch.setattr(pictures, "write_grid", lambda *_: None)
 
     def measured(loop: Any, *given: Any, **named: Any) -> dict[str, Any]:
-        found = own(loop, *given, **named)
+        found: Any = own(loop, *given, **named)
         if named:  # the rehearsal
             return found
         assert found[loop.monitor] == -found["val/loss"]
@@ -252,7 +204,7 @@ def test_steps_are_even_and_some_labels_hidden() -> None:
     counts = torch.bincount(t * 10 // 1000, minlength=10)
     assert len(counts) == 10
     assert (counts - 2000).abs().max() < 5 * 43  # standard deviations
-    assert (t.min(), t.max()) == (0, 999)
+    assert [int(t.min()), int(t.max())] == [0, 999]
     assert set(labels.tolist()) == {4, 10}
     assert float((labels == 10).double().mean()) == pytest.approx(0.1, abs=0.012)
     assert abs(float(noise.mean())) < 0.02
@@ -283,45 +235,55 @@ def test_every_update_and_every_seed_draws_anew() -> None:
 # Updates by hand
 
 
-def by_hand(seen: list[Any], model: UNet, settings: dict[str, Any]) -> dict[str, float]:
-    """Train a copy of the first weights in plain torch; return the means of the losses."""
-    kinds = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
-    kind = kinds[settings.get("optim__name", "adamw")]
-    more = {"weight_decay": 0.0} if kind is torch.optim.AdamW else {}
-    optimizer = kind(model.parameters(), lr=0.01, **more)
-    alphas = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0).float()
-    sums = {"loss": 0.0, "dm_loss": 0.0, "load_loss": 0.0}
-    for images, t, noise, labels in seen:
-        alpha = alphas[t].view(-1, 1, 1, 1)
-        predicted, logits = model(alpha.sqrt() * images + (1 - alpha).sqrt() * noise, t, labels)
-        target = noise
-        ratio = alphas[t] / (1 - alphas[t])
-        weight = torch.ones(len(t))
-        if settings.get("process__prediction"):
-            target = alpha.sqrt() * noise - (1 - alpha).sqrt() * images
-        if settings.get("loss__weight"):
-            weight = ratio.clamp(max=5) / ratio
-        dm = (weight * (predicted - target).square().flatten(1).mean(1)).mean()
-        load = torch.tensor(0.0)
-        for one in logits:
-            shares = torch.zeros(3)
-            for row in one:
-                for expert in row.topk(2).indices:
-                    shares[expert] += 1 / (2 * len(one))
-            chances = one.softmax(1)
-            if settings.get("loss__balance") == "variance":
-                load = load + chances.var(1).mean() / len(logits)
-            elif settings.get("loss__balance") != "none":
-                load = load + 3 * (shares * chances.mean(0)).sum() / len(logits)
-        loss = dm + settings.get("loss__lambda_load", 0.01) * load
+ALPHAS = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0).float()
+
+
+def balance_by_hand(logits: list[Tensor], kind: str) -> Tensor:
+    found = torch.tensor(0.0)
+    for one in logits:
+        chances = one.softmax(1)
+        if kind == "variance":
+            found = found + chances.var(1).mean() / len(logits)
+        elif kind == "switch":
+            chosen = one.topk(2).indices.flatten().tolist()
+            shares = torch.tensor([chosen.count(expert) / len(chosen) for expert in range(3)])
+            found = found + 3 * (shares * chances.mean(0)).sum() / len(logits)
+    return found
+
+
+def losses_by_hand(model: UNet, seen: Any, settings: dict[str, Any]) -> tuple[Tensor, ...]:
+    """Whole loss, loss of the noise and balance of one batch."""
+    images, t, noise, labels = seen
+    alpha = ALPHAS[t].view(-1, 1, 1, 1)
+    predicted, logits = model(alpha.sqrt() * images + (1 - alpha).sqrt() * noise, t, labels)
+    target, weight = noise, torch.ones(len(t))
+    if settings.get("process__prediction"):
+        target = alpha.sqrt() * noise - (1 - alpha).sqrt() * images
+    if settings.get("loss__weight"):
+        ratio = ALPHAS[t] / (1 - ALPHAS[t])
+        weight = ratio.clamp(max=5) / ratio
+    errors = (predicted - target).square().flatten(1).mean(1)
+    dm = (weight * errors).mean()
+    load = balance_by_hand(logits, settings.get("loss__balance", "switch"))
+    return dm + settings.get("loss__lambda_load", 0.01) * load, dm, load
+
+
+def trained_by_hand(model: UNet, seen: list[Any], settings: dict[str, Any]) -> list[float]:
+    """Train in plain torch; return the means of the losses."""
+    optimizer: torch.optim.Optimizer = torch.optim.AdamW(model.parameters(), 0.01, weight_decay=0)
+    if settings.get("optim__name") == "sgd":
+        optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    found = []
+    for batch in seen:
+        losses = losses_by_hand(model, batch, settings)
         optimizer.zero_grad()
-        torch.autograd.backward(loss)
+        torch.autograd.backward(losses[0])
         if clip := settings.get("optim__clip_norm", 1.0):
             nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
-        for name, value in (("loss", loss), ("dm_loss", dm), ("load_loss", load)):
-            sums[name] += float(value) / len(seen)
-    return sums
+        found.append(torch.stack(losses).detach())
+    means: list[float] = torch.stack(found).mean(0).tolist()
+    return means
 
 
 @pytest.mark.parametrize(
@@ -357,13 +319,14 @@ def test_updates_are_those_by_hand(
     monkeypatch.setattr(train, "build", built)
     folder = fit(**values)
     assert len(seen) == 3
-    means = by_hand(seen, models[0], values)
+    means = trained_by_hand(models[0], seen, values)
     trained = payload(folder)["model_state_dict"]
     # AdamW makes whole steps of gradients that are nothing but rounding.
     exact = 1e-6 if values.get("optim__name") == "sgd" else 1e-4
     for name, weights in models[0].state_dict().items():
         assert torch.allclose(weights, trained[name], atol=exact), name
-    found = {name: float(rows(folder)[0][f"train/{name}"]) for name in means}
+    names = ("loss", "dm_loss", "load_loss")
+    found = [float(rows(folder)[0][f"train/{name}"]) for name in names]
     assert found == pytest.approx(means, rel=1e-5)
 
 
@@ -413,10 +376,9 @@ def test_every_form_trains(fit: Fit, values: dict[str, Any]) -> None:
         assert "load/dead" not in rows(folder)[0]
 
 
-def test_sixteen_images_are_learned_by_heart(fit: Fit) -> None:
-    few = images_of(16)
-    many = TensorSource(few.images.repeat(20, 1, 1, 1), few.labels.repeat(20), None, few.plain)
-    folder = fit(source=many, model__channels=16, train__batch_size=16, train__epochs=10)
+def test_sixteen_images_are_learned_by_heart(fit: Fit, images_of: Callable[..., Any]) -> None:
+    values = {"model__channels": 16, "train__batch_size": 16, "train__epochs": 10}
+    folder = fit(source=images_of(16, copies=20), **values)
     losses = [float(row["train/dm_loss"]) for row in rows(folder)]
     assert losses[0] > 0.4
     assert losses[-1] < 0.15
@@ -450,7 +412,8 @@ def test_a_flat_folder_of_images_is_one_class(
 ) -> None:
     for number in range(12):
         Image.new("RGB", (9, 8), (20 * number, 90, 0)).save(tmp_path / f"{number}.png")
-    values = TINY | {"model.mults": [1, 2], "train.sample_every": 1, "data.workers": 0}
+    values = {"data.image_size": 8, "model.channels": 8, "model.mults": [1, 2], "train.epochs": 1}
+    values |= {"model.time_dim": 8, "train.sample_every": 1, "data.workers": 0}
     words = [f"--set={key}={value}" for key, value in values.items()]
     words += ["--data=folder", f"--data-dir={tmp_path}", "--out=run", "--cpu"]
     code, out, err = diffusion("train", *words)
