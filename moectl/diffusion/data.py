@@ -224,15 +224,15 @@ def _folder(section: "DataSection") -> Data:
     if not divided:
         rows = _held_out([label for _, label in train], section.val_fraction)
         train, test = ([train[row] for row in part] for part in rows)
-    listing = [section.image_size, [_listed(root, *item) for item in train + test], len(train)]
+    listing = [section.image_size, [_listed(root, path) for path, _ in train + test], len(train)]
     digest = hashlib.sha256(repr(listing).encode()).hexdigest()
     return _from_items(section, read_image, train, test, names or ["image"], digest)
 
 
-def _listed(root: Path, path: str, label: int) -> tuple[str, int, int]:
-    """Return what is kept in mind of a file, wherever the folder lies: place, class and length."""
+def _listed(root: Path, path: str) -> tuple[str, int]:
+    """Return what is kept in mind of a file, wherever the folder lies: its place and length."""
     try:
-        return Path(path).relative_to(root).as_posix(), label, Path(path).stat().st_size
+        return Path(path).relative_to(root).as_posix(), Path(path).stat().st_size
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 

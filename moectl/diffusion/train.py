@@ -145,6 +145,13 @@ def _introduce(run: Run[Any], model: UNet, data: Data) -> None:
         run.folder, switches, run.device, count / 1e6, len(data.train), len(data.class_names),
         len(data.test),
     )  # fmt: skip
+    process = run.settings.process
+    if process.schedule == "cosine" and process.prediction == "epsilon":
+        log.warning(
+            "process.schedule = cosine with process.prediction = epsilon: at the last steps noise"
+            " is all there is, and samplers that begin there magnify its error; v_prediction does"
+            " not suffer from that"
+        )
 
 
 def _say(loop: Loop, step: Step) -> None:

@@ -150,7 +150,10 @@ def export(
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Write the weights of a run as safetensors."""
+    """Write the weights of a run as safetensors.
+
+    Averaged weights where the training kept some.
+    """
     console.setup(as_json=as_json)
     source = find_weights(reference)
     target = to or source.with_suffix(".safetensors")
@@ -271,10 +274,14 @@ def _columns(names: Sequence[str]) -> str:
 
 
 def _tensors(payload: Mapping[str, Any], path: Path) -> "dict[str, Tensor]":
-    """Return the weights in a payload, each in memory of its own as the format wants it."""
+    """Return the weights in a payload, each in memory of its own as the format wants it.
+
+    Averaged weights come first: they are what a network is used with.
+    """
     import torch
 
-    names = [name for name in ("state_dict", "model_state_dict", "model") if name in payload]
+    known = ("ema_state_dict", "state_dict", "model_state_dict", "model")
+    names = [name for name in known if name in payload]
     weights = payload[names[0]] if names else payload
     tensors = {
         name: value.detach().clone(memory_format=torch.contiguous_format)

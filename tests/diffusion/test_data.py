@@ -132,13 +132,12 @@ def test_images_of_their_size_are_left_alone():
 
 
 def test_images_are_smoothed_where_they_shrink():
-    board = (torch.arange(64)[:, None] + torch.arange(64)) % 2 * 255
-    images = board.to(torch.uint8).expand(2, 3, 64, 64)
+    stripes = torch.where(torch.arange(64) % 8 == 0, 240, 0)  # beside the middles of the new pixels
+    images = stripes.to(torch.uint8).expand(2, 3, 64, 64)
     small = resized(images, 8)
     assert small.dtype == torch.uint8
     assert small.shape == (2, 3, 8, 8)
-    assert small[..., 1:-1, 1:-1].min() >= 125
-    assert small[..., 1:-1, 1:-1].max() <= 130
+    assert (small[..., 1:-1].float() - 30).abs().max() <= 3
 
 
 def test_enlarged_images_stay_within_bytes_and_in_order():
@@ -147,8 +146,9 @@ def test_enlarged_images_stay_within_bytes_and_in_order():
     images[1700] = 40
     large = resized(images, 8)
     assert large.shape == (2500, 1, 8, 8)
-    assert (large[0, 0, :, 0] == 0).all()  # a cubic runs over at edges; bytes must not wrap
-    assert (large[0, 0, :, -1] == 255).all()
+    row = large[0, 0, 0].tolist()  # a cubic runs over at edges; bytes must not wrap
+    assert row == sorted(row)
+    assert (row[0], row[-1]) == (0, 255)
     assert (large[1700] == 40).all()
 
 

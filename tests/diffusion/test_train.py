@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import importlib.util
 import json
 import logging
 from collections import Counter
@@ -22,6 +23,12 @@ from moectl.diffusion.model import UNet, build
 from moectl.diffusion.settings import DiffusionSettings
 from moectl.engine.settings import resolve
 from moectl.engine.sources import Stream
+
+_SPEC = importlib.util.spec_from_file_location("slow", Path(__file__).with_name("slow_train.py"))
+assert _SPEC is not None
+assert _SPEC.loader is not None
+slow: Any = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(slow)
 
 Fit = Callable[..., Path]
 
@@ -235,57 +242,6 @@ def test_every_update_and_every_seed_draws_anew() -> None:
 # Updates by hand
 
 
-ALPHAS = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0).float()
-
-
-def balance_by_hand(logits: list[Tensor], kind: str) -> Tensor:
-    found = torch.tensor(0.0)
-    for one in logits:
-        chances = one.softmax(1)
-        if kind == "variance":
-            found = found + chances.var(1).mean() / len(logits)
-        elif kind == "switch":
-            chosen = one.topk(2).indices.flatten().tolist()
-            shares = torch.tensor([chosen.count(expert) / len(chosen) for expert in range(3)])
-            found = found + 3 * (shares * chances.mean(0)).sum() / len(logits)
-    return found
-
-
-def losses_by_hand(model: UNet, seen: Any, settings: dict[str, Any]) -> tuple[Tensor, ...]:
-    """Whole loss, loss of the noise and balance of one batch."""
-    images, t, noise, labels = seen
-    alpha = ALPHAS[t].view(-1, 1, 1, 1)
-    predicted, logits = model(alpha.sqrt() * images + (1 - alpha).sqrt() * noise, t, labels)
-    target, weight = noise, torch.ones(len(t))
-    if settings.get("process__prediction"):
-        target = alpha.sqrt() * noise - (1 - alpha).sqrt() * images
-    if settings.get("loss__weight"):
-        ratio = ALPHAS[t] / (1 - ALPHAS[t])
-        weight = ratio.clamp(max=5) / ratio
-    errors = (predicted - target).square().flatten(1).mean(1)
-    dm = (weight * errors).mean()
-    load = balance_by_hand(logits, settings.get("loss__balance", "switch"))
-    return dm + settings.get("loss__lambda_load", 0.01) * load, dm, load
-
-
-def trained_by_hand(model: UNet, seen: list[Any], settings: dict[str, Any]) -> list[float]:
-    """Train in plain torch; return the means of the losses."""
-    optimizer: torch.optim.Optimizer = torch.optim.AdamW(model.parameters(), 0.01, weight_decay=0)
-    if settings.get("optim__name") == "sgd":
-        optimizer = torch.optim.SGD(model.parameters(), 0.01)
-    found = []
-    for batch in seen:
-        losses = losses_by_hand(model, batch, settings)
-        optimizer.zero_grad()
-        torch.autograd.backward(losses[0])
-        if clip := settings.get("optim__clip_norm", 1.0):
-            nn.utils.clip_grad_norm_(model.parameters(), clip)
-        optimizer.step()
-        found.append(torch.stack(losses).detach())
-    means: list[float] = torch.stack(found).mean(0).tolist()
-    return means
-
-
 @pytest.mark.parametrize(
     "values",
     [
@@ -319,7 +275,7 @@ def test_updates_are_those_by_hand(
     monkeypatch.setattr(train, "build", built)
     folder = fit(**values)
     assert len(seen) == 3
-    means = trained_by_hand(models[0], seen, values)
+    means = slow.trained(models[0], seen, values)
     trained = payload(folder)["model_state_dict"]
     # AdamW makes whole steps of gradients that are nothing but rounding.
     exact = 1e-6 if values.get("optim__name") == "sgd" else 1e-4

@@ -254,6 +254,16 @@ def test_export_knows_other_names_of_the_weights(key: str) -> None:
     assert list(load_file("x.safetensors")) == ["w"]
 
 
+def test_export_takes_averaged_weights_first() -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    both = {"model_state_dict": {"w": torch.ones(2)}, "ema_state_dict": {"w": torch.zeros(2)}}
+    with_weights(make_run("a"), both)
+    assert run("export", "a", "--to", "x.safetensors") == 0
+    assert load_file("x.safetensors")["w"].tolist() == [0, 0]
+
+
 def test_listing_imports_no_heavy_library(root: Path) -> None:
     make_run("a")
     make_run("b")
