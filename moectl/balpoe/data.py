@@ -3,7 +3,6 @@
 Legend: N images, C channels, H W pixels, K classes.
 """
 
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, cast
@@ -18,17 +17,15 @@ from moectl.balpoe.lists import IMAGENET, INATURALIST, evaluation_reader, load_l
 from moectl.balpoe.longtail import class_sizes, select, split_indices
 from moectl.common.autoaugment import AutoAugment, TrivialAugment
 from moectl.common.images import Plain, Standard
+from moectl.engine.cifar import read_cifar
 from moectl.engine.errors import UserError
 from moectl.engine.images import read_image
-from moectl.engine.launch import offline
 from moectl.engine.sources import Augment, FolderSource, Source, TensorSource
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from moectl.balpoe.settings import DataSection
-
-logger = logging.getLogger(__name__)
 
 _CIFAR = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 _STATISTICS = {
@@ -242,36 +239,14 @@ def _synthetic(data: "DataSection") -> _Pool:
 
 
 def _cifar(data: "DataSection") -> _Pool:
-    """Read the official CIFAR files, after a download if need be."""
-    from torchvision import datasets
-
-    kind = datasets.CIFAR10 if data.dataset == "cifar10" else datasets.CIFAR100
+    """Take the official CIFAR files."""
+    assert data.dataset in ("cifar10", "cifar100")
     if data.image_size not in {0, 32}:
         raise UserError(
             f"data.image_size is {data.image_size}, but the images of {data.dataset} are 32 x 32",
             "leave it at 0",
         )
-    folder = data.root / kind.base_folder
-    files = [name for name, _ in kind.train_list + kind.test_list] + [kind.meta["filename"]]
-    missing = [name for name in files if not (folder / name).is_file()]
-    if missing and (not data.download or offline()):
-        raise UserError(
-            f"{folder}: {', '.join(missing)} not found",
-            f"put the files of {kind.url} there, or allow the download"
-            " (data.download = true, no MOECTL_OFFLINE)",
-        )
-    if missing:
-        logger.warning("downloading %s to %s", kind.url, data.root)
-    try:
-        train, test = (
-            kind(data.root, train=part, download=bool(missing)) for part in (True, False)
-        )
-    except (OSError, RuntimeError) as error:
-        reason = f"could not be downloaded ({error})" if missing else "are not the official files"
-        raise UserError(
-            f"{folder}: {', '.join(missing or files)} {reason}",
-            f"put the files of {kind.url} there",
-        ) from None
+    train, test = read_cifar(data.dataset, data.root, download=data.download)
     return _Pool(
         torch.from_numpy(train.data.transpose(0, 3, 1, 2)),
         np.array(train.targets),

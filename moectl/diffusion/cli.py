@@ -19,7 +19,10 @@ def _size(settings: Any) -> dict[str, Any]:
 
 _TRAINED = ("data", "model", "process", "loss", "optim", "schedule", "train")
 _VARIED = ("model.moe", "model.freq", "model.dsconv", "model.num_experts", "model.k_active")
-_DROPPED = {"--config": "use --preset: its files are presets here", "--device": "use --cpu, or nothing for a GPU"}
+_DROPPED = {
+    "--config": "use --preset: its files are presets here",
+    "--device": "use --cpu, or nothing for a GPU",
+}
 
 
 @command(DiffusionSettings, _TRAINED, train=True, size=_size, dropped=_DROPPED)

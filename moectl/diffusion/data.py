@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moectl.common.images import Plain, Standard
+from moectl.engine.cifar import read_cifar
 from moectl.engine.errors import UserError
 from moectl.engine.images import read_image
 from moectl.engine.launch import offline
@@ -141,31 +142,8 @@ def _digits(section: "DataSection") -> Data:
 
 
 def _cifar10(section: "DataSection") -> Data:
-    """Read the official files, after a download if need be."""
-    from torchvision.datasets import CIFAR10
-
-    folder = section.root / CIFAR10.base_folder
-    files = [name for name, _ in CIFAR10.train_list + CIFAR10.test_list]
-    files.append(CIFAR10.meta["filename"])
-    missing = [name for name in files if not (folder / name).is_file()]
-    if missing and (not section.download or offline()):
-        raise UserError(
-            f"{folder}: {', '.join(missing)} not found",
-            f"put the files of {CIFAR10.url} there, or allow the download"
-            " (data.download = true, no MOECTL_OFFLINE)",
-        )
-    if missing:
-        log.warning("downloading %s to %s", CIFAR10.url, section.root)
-    try:
-        found = [
-            CIFAR10(section.root, train=part, download=bool(missing)) for part in (True, False)
-        ]
-    except (OSError, RuntimeError) as error:
-        reason = f"could not be downloaded ({error})" if missing else "are not the official files"
-        raise UserError(
-            f"{folder}: {', '.join(missing or files)} {reason}",
-            f"put the files of {CIFAR10.url} there",
-        ) from None
+    """Take the official files."""
+    found = read_cifar("cifar10", section.root, download=section.download)
     train, test = (
         (torch.from_numpy(part.data).permute(0, 3, 1, 2), torch.tensor(part.targets))
         for part in found

@@ -84,9 +84,10 @@ def _samples(document: Mapping[str, Any]) -> list[str]:
     made = document["sampling"]
     guidance = f", guidance scale {made['guidance']:g}" if made["guidance"] != 1 else ""
     eta = f", eta {made['eta']:g}" if made["eta"] else ""
+    rate = _rate(made["images_per_second"])
     parts = [
         f"{made['num']} samples by {made['sampler']} in {made['steps']} steps{guidance}{eta}, seeds"
-        f" from {made['seed']} on: {made['images_per_second']:.3g} images a second. All images are"
+        f" from {made['seed']} on: {rate} images a second. All images are"
         " compared as bytes."
     ]
     rows = [
@@ -163,13 +164,17 @@ def _cells(row: Mapping[str, Any]) -> list[object]:
         f"{row['parameters']:,}",
         f"{row['parameters_used']:,}",
         f"{row['macs'] / 1e9:.4g}",
-        f"{row['images_per_second']:.3g}",
+        _rate(row["images_per_second"]),
         shown("loss", 4),
         shown("frechet", 3),
         shown("precision", 3),
         shown("recall", 3),
         None if row.get("sample_accuracy") is None else percent(row["sample_accuracy"]) + " %",
     ]
+
+
+def _rate(value: float) -> str:
+    return f"{value:.3g}" if value < 100 else f"{value:,.0f}"
 
 
 def _scored(folder: Path) -> list[dict[str, str]]:

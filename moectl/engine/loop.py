@@ -392,11 +392,8 @@ class Loop:
         position, self._tracked_state = state.unpack(
             files, str(folder), self.module, self.optimizer, accelerator.scaler
         )
-        self.update, self.epoch, self.batch = (
-            position[name] for name in ("update", "epoch", "batch")
-        )
-        self.best, self.stale_epochs = position["best"], position["stale_epochs"]
-        self.extra = position["extra"]
+        for name in ("update", "epoch", "batch", "best", "stale_epochs", "extra"):
+            setattr(self, name, position[name])
         mine = position["means"][accelerator.process_index]
         self.epoch_means.restore(mine["epoch"], accelerator.device)
         self.window.restore(mine["window"], accelerator.device)

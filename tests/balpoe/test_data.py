@@ -163,38 +163,6 @@ def test_cifar_images_are_read_in_the_order_of_the_recipe(fake_cifar):
     torch.testing.assert_close(everything(data.train)[0], expected, atol=2e-6, rtol=0)
 
 
-@pytest.mark.parametrize("way", ["setting", "environment"])
-def test_missing_cifar_files_are_named_with_their_place(tmp_path, monkeypatch, way):
-    if way == "environment":
-        monkeypatch.setenv("MOECTL_OFFLINE", "1")
-    section = DataSection(dataset="cifar100", root=tmp_path, download=way == "environment")
-    with pytest.raises(UserError) as caught:
-        load(section, 1)
-    assert str(tmp_path / "cifar-100-python") in caught.value.message
-    assert "train, test, meta not found" in caught.value.message
-    assert "cifar-100-python.tar.gz" in caught.value.hint
-
-
-def test_damaged_cifar_files_are_named(tmp_path):
-    folder = tmp_path / "cifar-100-python"
-    folder.mkdir()
-    for name in ("train", "test", "meta"):
-        (folder / name).write_bytes(b"cut short")
-    with pytest.raises(UserError, match=r"train, test, meta are not the official files"):
-        load(DataSection(dataset="cifar100", root=tmp_path), 1)
-
-
-def test_a_failed_download_is_told_in_one_sentence(tmp_path, monkeypatch):
-    monkeypatch.delenv("MOECTL_OFFLINE", raising=False)
-
-    def fail(self):
-        raise OSError("no route to host")
-
-    monkeypatch.setattr(datasets.CIFAR100, "download", fail)
-    with pytest.raises(UserError, match=r"could not be downloaded \(no route to host\)"):
-        load(DataSection(dataset="cifar100", root=tmp_path), 1)
-
-
 def test_cifar_images_are_not_resized():
     with pytest.raises(UserError, match=r"image_size is 64.*32 x 32"):
         load(DataSection(dataset="cifar100", image_size=64), 1)
