@@ -25,6 +25,8 @@ def expert_usage(path: Path, document: Mapping[str, Any]) -> None:
     by_step, by_class = document["usage_by_step"], document["usage_by_class"]
     blocks, experts = len(by_step), len(by_step[0])
     names = document["class_names"]
+    # An even share is far below 1: on a scale that ends there all would look alike.
+    largest = max(max(map(max, block)) for block in (*by_step, *by_class))
     figure = new_figure(9.6, 0.6 + blocks * (1.0 + 0.12 * experts))
     kinds: list[tuple[str, Sequence[Any], tuple[float, float]]] = [
         ("step of the process", by_step, (0, document["steps"])),
@@ -47,7 +49,7 @@ def expert_usage(path: Path, document: Mapping[str, Any]) -> None:
                 shares[block],
                 cmap="Blues",
                 vmin=0,
-                vmax=1,
+                vmax=largest,
                 aspect="auto",
                 interpolation="nearest",
                 extent=(low, high, experts - 0.5, -0.5),

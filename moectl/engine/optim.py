@@ -29,7 +29,9 @@ def build_optimizer(
         case "adam":
             return torch.optim.Adam(parameters, lr=section.lr, weight_decay=section.weight_decay)
         case "adamw":
-            return torch.optim.AdamW(parameters, lr=section.lr, weight_decay=section.weight_decay)
+            return torch.optim.AdamW(
+                parameters, lr=section.lr, weight_decay=section.weight_decay, fused=True
+            )
 
 
 def build_schedule(section: ScheduleSection, lr: float, epochs: int) -> Schedule:

@@ -240,6 +240,8 @@ def test_a_failed_download_is_told_in_one_sentence(tmp_path, monkeypatch):
 def test_folders_of_classes_are_labelled_in_the_order_of_their_names(classes):
     data = load(section(root=classes, val_fraction=0.2))
     assert data.class_names == ["cat", "dog"]
+    paths = [path for path, _ in data.train.items]
+    assert paths == sorted(paths)
     assert torch.bincount(everything(data.train)[1]).tolist() == [8, 12]
     assert torch.bincount(everything(data.test)[1]).tolist() == [2, 3]
 

@@ -222,7 +222,7 @@ def test_variants_have_a_table_and_pictures(folder: Path, drawn: dict[str, Any])
     shutil.copy(folder / "metrics.csv", place)
     (place / "strip.png").write_bytes(b"")
     text = written(folder)
-    assert row(text, "full")[1:6] == ["1,200", "900", "2", "1.23e+03", "0.5000"]
+    assert row(text, "full")[1:6] == ["1,200", "900", "2", "1,234", "0.5000"]
     assert row(text, "no_freq")[1] == "loss not finite"
     assert "left out: no_moe 1.50 times." in text
     assert list(drawn["losses.png"][0]) == list(drawn["side_by_side.png"][0]) == ["full"]

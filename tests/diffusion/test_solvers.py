@@ -239,6 +239,19 @@ def test_clipped_images_are_within_minus_one_and_one(sampler, prediction):
     assert found[False].abs().max() > 1.5
 
 
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_clipping_cuts_off_and_does_not_scale(sampler):
+    diffusion, start = GaussianDiffusion(steps=20), first_noise(range(2), 4).double()
+    predicted = start.flip(3)
+    found = denoise(
+        lambda *_: predicted, diffusion, start, range(2), sampler=sampler, steps=1, clip=True
+    )
+    alpha = (1 - diffusion.betas).prod()
+    x0 = (start - (1 - alpha).sqrt() * predicted) / alpha.sqrt()
+    assert 0.2 < (x0.abs() > 1).double().mean() < 0.8
+    torch.testing.assert_close(found, x0.clamp(-1, 1), atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("eta", [0.0, 0.6])
 def test_ddim_goes_on_with_the_noise_that_leads_to_the_clipped_image(eta):
     diffusion = GaussianDiffusion(steps=10)

@@ -333,7 +333,7 @@ def test_every_form_trains(fit: Fit, values: dict[str, Any]) -> None:
 
 
 def test_sixteen_images_are_learned_by_heart(fit: Fit, images_of: Callable[..., Any]) -> None:
-    values = {"model__channels": 16, "train__batch_size": 16, "train__epochs": 10}
+    values = {"model__channels": 16, "train__batch_size": 16, "train__epochs": 5}
     folder = fit(source=images_of(16, copies=20), **values)
     losses = [float(row["train/dm_loss"]) for row in rows(folder)]
     assert losses[0] > 0.4
