@@ -43,7 +43,7 @@ def train(settings: DiffusionSettings, run: Run[DiffusionSettings]) -> None:
     seed_all(settings.train.seed, "init")
     model = build(arguments)
     diffusion = GaussianDiffusion(**_process(settings)).to(run.device)
-    averaged = average(model, settings.train.ema_decay).to(run.device)
+    averaged = average(model, settings.train.ema_decay, run.device)
     world = run.accelerator.num_processes
     usage = Usage(len(model.blocks), model.num_experts, model.k_active, world).to(run.device)
     trained = [weights for weights in model.parameters() if weights.requires_grad]
@@ -87,20 +87,23 @@ def _process(settings: DiffusionSettings) -> dict[str, Any]:
     return settings.process.model_dump()
 
 
-def average(model: UNet, decay: float) -> AveragedModel:
+def average(model: UNet, decay: float, device: torch.device) -> AveragedModel:
     """Return a copy of a network that follows it: slowly, but not in the first updates.
 
     Args:
         model: the network.
         decay: of the average after many updates; after n it is at most (1 + n) / (10 + n). With 0
             the copy is the network as it is.
+        device: of the copy.
     """
 
-    def follow(averages: Tensors, current: Tensors, count: Tensor | int) -> None:
-        done = int(count)
+    def follow(averages: Tensors, current: Tensors, _: Tensor | int) -> None:
+        done = int(averaged.n_averaged)  # on the CPU, unlike what is given: no device must wait
         torch._foreach_lerp_(averages, current, 1 - min(decay, (1 + done) / (10 + done)))
 
-    return AveragedModel(model, multi_avg_fn=follow)
+    averaged = AveragedModel(model, multi_avg_fn=follow)
+    averaged.module.to(device)
+    return averaged
 
 
 def _bare(averaged: AveragedModel) -> UNet:
