@@ -219,21 +219,6 @@ def test_missing_files_of_cifar10_are_named(fake_cifar, monkeypatch, way, lost):
     assert "cifar-10-python.tar.gz" in caught.value.hint
 
 
-def test_damaged_files_of_cifar10_are_named(fake_cifar, monkeypatch):
-    monkeypatch.setattr(CIFAR10, "train_list", [["data_batch_1", "0" * 32]])
-    with pytest.raises(UserError, match=r"data_batch_1, test_batch.*are not the official files"):
-        load(section(dataset="cifar10", root=fake_cifar))
-
-
-def test_a_failed_download_is_told_in_one_sentence(tmp_path, monkeypatch):
-    def fail(self):
-        raise OSError("no route to host")
-
-    monkeypatch.setattr(CIFAR10, "download", fail)
-    with pytest.raises(UserError, match=r"could not be downloaded \(no route to host\)"):
-        load(section(dataset="cifar10", root=tmp_path))
-
-
 # Folders
 
 

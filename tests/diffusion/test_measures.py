@@ -161,6 +161,9 @@ def test_any_run_of_measurements_covers_the_steps_evenly(first, count, steps):
     assert found.max() < steps
     counts = (found * 10 // steps).bincount(minlength=10)
     assert counts.max() - counts.min() <= 3
+    fine = (found * 100 // steps).bincount(minlength=100)
+    if count == steps == 1000:
+        assert fine.max() - fine.min() <= 4
 
 
 def held_of(t, errors):

@@ -327,7 +327,21 @@ def test_other_seeds_begin_and_go_on_with_other_noise():
         assert not torch.allclose(one, other)
         one, other = denoise(exact(d), d, start, [1, 1], **words)
         assert torch.equal(one, other)
-    for seed in range(20):  # the noise of the steps is not that of the start again
-        noise = first_noise([seed], 8)
-        generator = torch.Generator().manual_seed(seed)
-        assert not torch.equal(noise[0], torch.randn(3, 8, 8, generator=generator))
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+def test_noise_of_the_steps_is_not_that_of_the_start_again(monkeypatch, sampler):
+    from diffusers.schedulers import scheduling_ddim, scheduling_ddpm
+
+    def keep(*words, **options):
+        drawn.append(draw(*words, **options))
+        return drawn[-1]
+
+    drawn, draw = [], scheduling_ddpm.randn_tensor
+    for module in (scheduling_ddim, scheduling_ddpm):
+        monkeypatch.setattr(module, "randn_tensor", keep)
+    start = first_noise(range(3), 4)
+    denoise(lambda x, _: x, GaussianDiffusion(), start, range(3), sampler=sampler, steps=4, eta=1.0)
+    every = [one for noise in [start, *drawn] for one in noise]
+    assert len(every) >= 12
+    assert len({one.sum().item() for one in every}) == len(every)
