@@ -1,0 +1,146 @@
+"""The controller: from features and a latency budget to scores of every part of a plan.
+
+Letters: B samples, D width of the budget's code, H hidden width, L blocks, T tiers, N counts of
+active blocks, O optional blocks, J numbers of experts.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Scores(NamedTuple):
+    """Logits of the parts of a plan."""
+
+    tier: Tensor
+    """(B, T)."""
+    count: Tensor
+    """(B, N) of the numbers of active blocks."""
+    blocks: Tensor
+    """(B, O) of the blocks that may be skipped."""
+    top_k: Tensor
+    """(B, L, J); rows of blocks without a choice are not used."""
+
+
+class BudgetEncoder(nn.Module):
+    """Code a latency budget.
+
+    The budget's place between the ends is spread over `scale` radians: within one radian all codes
+    look alike.
+
+    Args:
+        width: of the code that comes out.
+        low: budget in milliseconds that is coded as 0; below it nothing changes.
+        high: likewise as `scale`.
+        dim: numbers of the sinusoid.
+        scale: see above; the original has 1.
+        sinusoidal: else one linear layer reads the place.
+    """
+
+    rates: Tensor
+
+    def __init__(  # noqa: PLR0913
+        self,
+        *,
+        width: int = 2048,
+        low: float = 50.0,
+        high: float = 500.0,
+        dim: int = 256,
+        scale: float = 1000.0,
+        sinusoidal: bool = True,
+    ) -> None:
+        super().__init__()
+        if not low < high:
+            raise ValueError(f"budgets from {low} to {high}: expected a range")
+        self.low, self.high, self.scale = low, high, scale
+        rates = torch.exp(-math.log(10000.0) * torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+        self.register_buffer("rates", rates, persistent=False)
+        self.sinusoidal = sinusoidal
+        if not sinusoidal:
+            self.mlp: nn.Module = nn.Linear(1, width)
+            return
+        self.mlp = nn.Sequential(
+            nn.Linear(dim, width),
+            nn.LayerNorm(width),
+            nn.GELU(),
+            nn.Linear(width, width),
+            nn.LayerNorm(width),
+        )
+
+    def sinusoid(self, budgets: Tensor) -> Tensor:
+        """Return sines and cosines in turn, (B, dim), of budgets (B,) in milliseconds."""
+        place = ((budgets.float() - self.low) / (self.high - self.low)).clamp(0, 1) * self.scale
+        angles = place[:, None] * self.rates
+        return torch.stack([angles.sin(), angles.cos()], 2).flatten(1)
+
+    def forward(self, budgets: Tensor) -> Tensor:
+        """Map budgets (B,) in milliseconds to codes (B, D)."""
+        if self.sinusoidal:
+            found: Tensor = self.mlp(self.sinusoid(budgets))
+            return found
+        place = ((budgets.float() - self.low) / (self.high - self.low)).clamp(0, 1)
+        found = self.mlp(place[:, None])
+        return found
+
+
+def _projection(inputs: int, hidden: int, dropout: float) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(inputs, hidden), nn.LayerNorm(hidden), nn.ReLU(), nn.Dropout(dropout)
+    )
+
+
+class Controller(nn.Module):
+    """Choose tier, number of active blocks, blocks, and experts of each block, in one stage.
+
+    Args:
+        vision: width of the image's feature.
+        language: width of the question's feature.
+        budget: width of the budget's code.
+        tiers: T.
+        counts: N.
+        optional: O.
+        blocks: L.
+        choices: J; 1 where there are no experts.
+        hidden: H.
+        dropout: in training.
+    """
+
+    def __init__(  # noqa: PLR0913
+        self,
+        *,
+        vision: int,
+        language: int,
+        budget: int,
+        tiers: int,
+        counts: int,
+        optional: int,
+        blocks: int,
+        choices: int,
+        hidden: int = 256,
+        dropout: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.blocks, self.choices = blocks, choices
+        self.vision_proj = _projection(vision, hidden, dropout)
+        self.language_proj = _projection(language, hidden, dropout)
+        self.budget_proj = _projection(budget, hidden, dropout)
+        self.fusion = nn.Sequential(
+            *_projection(3 * hidden, hidden, dropout), nn.Linear(hidden, hidden)
+        )
+        self.tier_head = nn.Linear(hidden, tiers)
+        self.count_head = nn.Linear(hidden, counts)
+        self.block_head = nn.Linear(hidden, optional)
+        self.top_k_head = nn.Linear(hidden, blocks * choices)
+
+    def forward(self, vision: Tensor, language: Tensor, budget: Tensor) -> Scores:
+        """Map features (B, ...) and codes (B, D) to the logits of a plan's parts."""
+        parts = [
+            self.vision_proj(vision),
+            self.language_proj(language),
+            self.budget_proj(budget),
+        ]
+        fused = self.fusion(torch.cat(parts, 1))
+        top_k = self.top_k_head(fused).view(-1, self.blocks, self.choices)
+        return Scores(self.tier_head(fused), self.count_head(fused), self.block_head(fused), top_k)
