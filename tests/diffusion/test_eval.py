@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from moectl.cli import _run
 from moectl.diffusion import eval as evaluation
+from moectl.diffusion import solvers
 from moectl.diffusion.eval import Features, compare
 from moectl.diffusion.features import trained_classifier
 from moectl.diffusion.measures import measure
@@ -251,16 +252,24 @@ def test_inception_alone_gives_fid(
             assert images.dtype == torch.uint8
             return images.float().mean(1).flatten(1)[:, ::7] / 255
 
+    seeds: list[int] = []
+
+    def generate(*given: Any) -> Tensor:
+        seeds.extend(given[4])
+        return solvers.generate(*given)
+
+    monkeypatch.setattr(evaluation, "generate", generate)
     monkeypatch.setattr(evaluation, "inception", lambda _: Stub())
     words = ("--features", "inception", "--num", "20", "--steps", "2", "--cfg-scale", "2")
-    code, out, _ = diffusion("eval", *words, "--quiet", "--json")
+    code, out, _ = diffusion("eval", *words, "--sample-seed", "7", "--quiet", "--json")
     assert code == 0
     found = json.loads(out)
+    assert seeds == list(range(7, 27))
     assert found["distance"] == "FID"
     assert "sample_accuracy" not in found
     assert found["warning"].startswith("20 images, fewer than 10000")
     assert found["sampling"]["network_calls"] == 4
-    (folder,) = (own / "evals").glob("*inception_dpmpp2_cfg2_seed0_n20")
+    (folder,) = (own / "evals").glob("*inception_dpmpp2_cfg2_seed7_n20")
     text = (folder / "eval.md").read_text()
     assert "| FID |" in text
     assert "guidance scale 2" in text
