@@ -1,5 +1,6 @@
 """Opening a trained network."""
 
+import logging
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +19,12 @@ from moectl.engine.run import read_record
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+
+log = logging.getLogger(__name__)
+
+_FACTS = {"arguments", "process", "class_names", "image_size", "images", "digest", "epoch"}
+"""What a sidecar holds."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +97,8 @@ def open_weights(path: Path, settings: DiffusionSettings, accelerator: "Accelera
     """
     weights = artefact.load(path)
     model, ema = rebuild(weights, ema=settings.sample.ema)
+    if settings.sample.ema and not ema:
+        log.warning("the training kept no averaged weights; these are those of the last update")
     return Opened(
         model=model.to(accelerator.device).eval(),
         diffusion=GaussianDiffusion(**weights.facts["process"]).to(accelerator.device),
@@ -120,12 +129,18 @@ def rebuild(weights: artefact.Artefact, *, ema: bool) -> tuple[UNet, bool]:
     Raises:
         UserError: if there is no such sidecar.
     """
-    if weights.facts.get("model") != "UNet":
+    facts, path = weights.facts, weights.path
+    if facts.get("model") != "UNet" or (missing := _FACTS - set(facts)):
+        without = f" with {', '.join(sorted(missing))}" if facts.get("model") == "UNet" else ""
         raise UserError(
-            f"{weights.path}: has no {weights.path.name}.json of diffusion beside it",
+            f"{path}: has no {path.name}.json of diffusion{without} beside it",
             "expected weights that moectl diffusion train wrote",
         )
-    model = build(weights.facts["arguments"])
     averaged = ema and "ema_state_dict" in weights.payload
-    model.load_state_dict(weights.payload["ema_state_dict" if averaged else "model_state_dict"])
+    try:
+        model = build(facts["arguments"])
+        model.load_state_dict(weights.payload["ema_state_dict" if averaged else "model_state_dict"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        words = " ".join(str(error).split())[:160]
+        raise UserError(f"{path}: does not fit what {path.name}.json says ({words})") from None
     return model, averaged

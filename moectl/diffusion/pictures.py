@@ -128,7 +128,7 @@ def write_png(path: Path, image: "Tensor") -> None:
 
 def learning_curve(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
     """Draw the losses over the epochs, from the rows of metrics.csv that end one."""
-    names = {"train/dm_loss": "training", "val/loss": "held out: noise, averaged weights"}
+    names = {"train/noise_loss": "training", "val/loss": "held out, averaged weights"}
     curves = {
         words: [(float(row["epoch"]), float(row[name])) for row in rows if row.get(name)]
         for name, words in names.items()
@@ -139,7 +139,7 @@ def learning_curve(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
             words: ([x for x, _ in points], [y for _, y in points])
             for words, points in curves.items()
         },
-        title="Mean squared error",
+        title="Mean squared error of the noise",
         x_label="epoch",
         y_label="loss",
         scale="log",
