@@ -192,6 +192,7 @@ def write_evaluation(folder: Path, document: dict[str, Any], images: Tensor | No
     if "usage_by_step" in document:
         expert_usage(folder / "expert_usage.png", document)
     if images is not None:
-        write_grid(folder / "grid.png", images[:_SHOWN])
+        classes = len(document["class_names"])  # in turn, where they are equally frequent
+        write_grid(folder / "grid.png", images[:_SHOWN], classes if 4 <= classes <= 20 else 0)
     write_json(folder / "eval.json", document)
     write_text(folder / "eval.md", evaluation_text(document))

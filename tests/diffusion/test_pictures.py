@@ -180,14 +180,14 @@ def test_a_process_of_few_steps_is_sampled_in_those(
 
 def test_the_learning_curve_has_training_and_held_out_losses(figure: dict[str, Any]) -> None:
     rows = [
-        {"epoch": str(epoch), "train/dm_loss": str(1 / epoch), "val/loss": str(2 / epoch)}
+        {"epoch": str(epoch), "train/noise_loss": str(1 / epoch), "val/loss": str(2 / epoch)}
         for epoch in (1, 2)
     ]
     learning_curve(
-        Path("unused.png"), [*rows, {"epoch": "3", "train/dm_loss": "", "val/loss": "7"}]
+        Path("unused.png"), [*rows, {"epoch": "3", "train/noise_loss": "", "val/loss": "7"}]
     )
     training, held_out = figure["series"].items()
-    assert training == ("training, weights at hand", ([1, 2], [1, 0.5]))
+    assert training == ("training", ([1, 2], [1, 0.5]))
     assert held_out == ("held out, averaged weights", ([1, 2, 3], [2, 1, 7]))
     assert (figure["x_label"], figure["scale"]) == ("epoch", "log")
 
@@ -204,7 +204,7 @@ def test_networks_are_compared_by_their_held_out_losses(figure: dict[str, Any]) 
 
 
 def test_curves_become_pictures(tmp_path: Path) -> None:
-    row = {"epoch": "1", "train/dm_loss": "0.5", "val/loss": "0.6"}
+    row = {"epoch": "1", "train/noise_loss": "0.5", "val/loss": "0.6"}
     learning_curve(tmp_path / "one.png", [row])
     loss_by_step(tmp_path / "two.png", {"a": [0.5, None, 0.1]}, 1000)
     for name in ("one", "two"):

@@ -382,3 +382,12 @@ def test_a_flat_folder_of_images_is_one_class(
     assert facts["images"] == {"train": 11, "test": 1}
     with Image.open("run/samples/epoch_1.png") as picture:
         assert picture.width > 4 * picture.height
+
+
+def test_a_resumed_training_has_the_same_images(own_run: Path, diffusion: Any) -> None:
+    record = json.loads((own_run / "run.json").read_text())
+    record["data"]["digest"] = "other"
+    (own_run / "run.json").write_text(json.dumps(record))
+    code, _, err = diffusion("train", "--resume", str(own_run), "--epochs", "3")
+    assert code == 2
+    assert "began with other images of digits" in err
