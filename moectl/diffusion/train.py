@@ -50,7 +50,7 @@ def train(settings: DiffusionSettings, run: Run[DiffusionSettings]) -> None:
     shape = (len(model.blocks), model.num_experts)
     usage = Usage(shape, model.k_active, world, settings.train.accumulate).to(run.device)
     trained = [weights for weights in model.parameters() if weights.requires_grad]
-    optimizer = build_optimizer(settings.optim, trained)
+    optimizer = build_optimizer(settings.optim, trained, fused=True)
     schedule = build_schedule(settings.schedule, settings.optim.lr, settings.train.epochs)
     # Without patience nothing asks for the best epoch, whose checkpoints would only be kept.
     monitor = "val/score" if settings.train.patience else ""
