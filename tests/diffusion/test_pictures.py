@@ -188,7 +188,7 @@ def test_the_learning_curve_has_training_and_held_out_losses(figure: dict[str, A
     )
     training, held_out = figure["series"].items()
     assert training == ("training", ([1, 2], [1, 0.5]))
-    assert held_out == ("held out, averaged weights", ([1, 2, 3], [2, 1, 7]))
+    assert held_out == ("held out", ([1, 2, 3], [2, 1, 7]))
     assert (figure["x_label"], figure["scale"]) == ("epoch", "log")
 
 
