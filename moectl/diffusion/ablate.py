@@ -105,14 +105,16 @@ def ablate(run: Run[DiffusionSettings], wanted: dict[str, Changes]) -> dict[str,
     Raises:
         UserError: if they are others, or one of them cannot be.
     """
+    settings = {name: settings_of(run.settings, own) for name, own in wanted.items()}
+    wanted = {name: wanted[name] for name in distinct(settings)} if wanted else {}
     kept = run.record.get("variants")
     if kept is not None and wanted not in ({}, kept):
         raise UserError(
             f"{run.folder}: compares {', '.join(kept)}, not {', '.join(wanted)}",
             "start a new comparison for those",
         )
-    settings = {name: settings_of(run.settings, own) for name, own in (kept or wanted).items()}
-    wanted = kept or {name: wanted[name] for name in distinct(settings)}
+    wanted = kept or wanted
+    settings = {name: settings_of(run.settings, own) for name, own in wanted.items()}
     data = load(run.settings.data)
     _check(run.settings, data)
     reference = cache(lambda: _reference(run, data))

@@ -331,3 +331,12 @@ def test_equal_networks_are_trained_once(caplog):
     assert distinct(found) == ["full", "no_moe+experts4"]
     with pytest.raises(UserError, match="every variant is the same network"):
         distinct({"full": found["full"], "experts8": found["experts8"]})
+
+
+def test_the_same_command_goes_on_although_a_variant_was_left_out(tmp_path, diffusion, monkeypatch):
+    monkeypatch.setenv("MOECTL_RUNS", str(tmp_path / "runs"))
+    words = ("--num-experts", "2,3", "--features", "none")
+    assert diffusion("ablate", *TINY, *words, "--out", str(tmp_path / "a"))[0] == 0
+    assert list(rows_of(tmp_path / "a")) == ["full", "experts2"]
+    code, _, err = diffusion("ablate", *TINY, *words, "--resume", str(tmp_path / "a"))
+    assert code == 0, err
