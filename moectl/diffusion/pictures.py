@@ -103,7 +103,7 @@ def losses(path: Path, curves: Mapping[str, Sequence[Mapping[str, str]]]) -> Non
             )
             for name, rows in curves.items()
         },
-        title="Mean squared error of the noise, held-out images",
+        title="Held-out loss",
         x_label="epoch",
         y_label="loss",
         scale="log",
