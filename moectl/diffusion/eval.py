@@ -14,13 +14,12 @@ from torch import Tensor
 from moectl.diffusion import distances
 from moectl.diffusion.features import extract_images
 from moectl.diffusion.heat_maps import expert_usage
-from moectl.diffusion.inference import Opened, open_network
+from moectl.diffusion.inference import Opened, make, open_network
 from moectl.diffusion.measures import SPANS, by_step, dead, measure, usage
 from moectl.diffusion.pictures import loss_by_step, write_grid
 from moectl.diffusion.reference import NEIGHBOURS, Reference, labels_like, reference_of
 from moectl.diffusion.report import evaluation_text, report_again
 from moectl.diffusion.sample import check
-from moectl.diffusion.solvers import generate
 from moectl.engine.command import Request
 from moectl.engine.files import write_json, write_text
 from moectl.engine.launch import gather_rows
@@ -113,18 +112,9 @@ def evaluate(opened: Opened, reference: Reference | None) -> tuple[dict[str, Any
 
 def _samples(opened: Opened, labels: Tensor) -> tuple[Tensor, float]:
     """Make images of classes (N,), all of them on every process, and take the time."""
-    section, num, accelerator = opened.settings.sample, len(labels), opened.accelerator
-    began = time.monotonic()
-    own = generate(
-        opened.model,
-        opened.diffusion,
-        accelerator,
-        labels,
-        range(section.seed, section.seed + num),
-        section,
-        opened.image_size,
-    )
-    images = gather_rows(accelerator, own.to(accelerator.device), num).cpu()
+    accelerator, began = opened.accelerator, time.monotonic()
+    own = make(opened, labels).to(accelerator.device)
+    images = gather_rows(accelerator, own, len(labels)).cpu()
     return images, time.monotonic() - began
 
 

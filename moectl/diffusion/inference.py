@@ -1,15 +1,22 @@
-"""Opening a trained network."""
+"""Opening a trained network, and making images with it.
+
+Letters: N images, n of them in this process, S pixels of a side.
+"""
 
 import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from moectl.diffusion.data import Data, load
 from moectl.diffusion.model import UNet, build
 from moectl.diffusion.process import GaussianDiffusion
 from moectl.diffusion.settings import DiffusionSettings
+from moectl.diffusion.solvers import generate
 from moectl.engine import artefact
 from moectl.engine.command import Request
 from moectl.engine.errors import UserError
@@ -75,6 +82,30 @@ class Opened:
                 f" ({self.facts['images']} then, {data.facts['images']} now, or other contents)"
             )
         return data
+
+
+def make(
+    opened: Opened, labels: Tensor, keep: Callable[[Sequence[int], Tensor], None] = lambda *_: None
+) -> Tensor:
+    """Make images of classes (N,) as the settings say, with seeds that follow each other.
+
+    Args:
+        opened: the network.
+        labels: (N,) classes.
+        keep: is given every batch as it is done, see `solvers.generate`.
+
+    Returns:
+        (n, 3, S, S) this process's share.
+
+    Raises:
+        RunFailed: if an image holds other than finite numbers.
+    """
+    section = opened.settings.sample
+    seeds = range(section.seed, section.seed + len(labels))
+    size = opened.image_size
+    return generate(
+        opened.model, opened.diffusion, opened.accelerator, labels, seeds, section, size, keep
+    )
 
 
 def open_network(request: Request) -> Opened:

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from moectl.diffusion.features import to_bytes
-from moectl.diffusion.inference import Opened, open_network
+from moectl.diffusion.inference import Opened, make, open_network
 from moectl.diffusion.pictures import write_grid, write_png
 from moectl.diffusion.settings import SampleSection
-from moectl.diffusion.solvers import generate
 from moectl.engine.command import Request
 from moectl.engine.errors import UserError
 from moectl.engine.files import write_bytes, write_json
@@ -52,16 +51,7 @@ def run_sample(
         for place, image in zip(places, to_bytes(images), strict=True):
             write_png(folder / f"{place:05d}_{names[place]}.png", image)
 
-    own = generate(
-        opened.model,
-        opened.diffusion,
-        accelerator,
-        labels,
-        range(section.seed, section.seed + num),
-        section,
-        opened.image_size,
-        keep,
-    )
+    own = make(opened, labels, keep)
     wanted = num if npz else min(num, _SHOWN)
     first = own[: -(-wanted // accelerator.num_processes)]
     gathered = gather_rows(accelerator, first.to(accelerator.device), wanted).cpu()

@@ -80,7 +80,7 @@ def train(settings: DiffusionSettings, run: Run[DiffusionSettings]) -> None:
             _say(loop, step)
         if step.ends_epoch:
             if logits:
-                _report_load(step, usage)
+                _report_load(step, usage, model)
             step.score(_measure(loop, averaged, diffusion, data))
             _keep(loop, averaged, diffusion, data, arguments, step.epoch + 1)
 
@@ -192,8 +192,8 @@ def _say(loop: Loop, step: Step) -> None:
     )  # fmt: skip
 
 
-def _report_load(step: Step, usage: Usage) -> None:
-    found = usage.summary()
+def _report_load(step: Step, usage: Usage, model: UNet) -> None:
+    found = usage.summary(model.blocks)
     step.log(**found)
     if found["load/dead"]:
         log.warning("experts without an image in epoch %d: %d", step.epoch + 1, found["load/dead"])

@@ -63,12 +63,15 @@ class Usage(nn.Module):
         self.update = torch.zeros_like(so_far) if ends_update else so_far
         return list(known / known.sum(1, keepdim=True))
 
-    def summary(self) -> dict[str, float]:
+    def summary(self, blocks: Sequence[str]) -> dict[str, float]:
         """Describe the epoch, and begin the next one.
+
+        Args:
+            blocks: (L,) names.
 
         Returns:
             Of the worst block: the largest share of an expert times E, and the entropy over log E;
-            of all blocks the number of experts without an image.
+            of all blocks the number of experts without an image; and that share of each block.
         """
         found = [load(one / one.sum()) for one in self.epoch]
         words = {
@@ -76,5 +79,7 @@ class Usage(nn.Module):
             "load/entropy": float(torch.stack([one.entropy for one in found]).min()),
             "load/dead": float((self.epoch == 0).sum()),
         }
+        for name, one in zip(blocks, found, strict=True):
+            words[f"load/largest/{name.replace(' ', '_')}"] = float(one.largest)
         self.epoch.zero_()
         return words

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from moectl.cli import _run
 from moectl.diffusion import eval as evaluation
+from moectl.diffusion import inference, solvers
 from moectl.diffusion import reference as references
-from moectl.diffusion import solvers
 from moectl.diffusion.eval import compare
 from moectl.diffusion.measures import measure
 from moectl.diffusion.reference import reference_of
@@ -258,7 +258,7 @@ def test_inception_alone_gives_fid(
         seeds.extend(given[4])
         return solvers.generate(*given)
 
-    monkeypatch.setattr(evaluation, "generate", generate)
+    monkeypatch.setattr(inference, "generate", generate)
     monkeypatch.setattr(references, "inception", lambda _: Stub())
     words = ("--features", "inception", "--num", "20", "--steps", "2", "--cfg-scale", "2")
     code, out, _ = diffusion("eval", *words, "--sample-seed", "7", "--quiet", "--json")

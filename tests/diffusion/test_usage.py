@@ -77,17 +77,19 @@ def test_summary_tells_of_the_worst_block_and_begins_anew():
     for ends in (False, True):
         usage.add([even, lame], ends_update=ends)
     entropy = -(0.75 * torch.tensor(0.75).log() + 0.25 * torch.tensor(0.25).log())
+    names = ["encoder 0", "decoder 0"]
     expected = {
         "load/largest": 3.0,
+        "load/largest/encoder_0": 1.0,
+        "load/largest/decoder_0": 3.0,
         "load/entropy": float(entropy / torch.tensor(4.0).log()),
         "load/dead": 2.0,
     }
-    assert usage.summary() == pytest.approx(expected, rel=1e-6)
+    assert usage.summary(names) == pytest.approx(expected, rel=1e-6)
     assert not usage.epoch.any()
     usage.add([even, even], ends_update=True)
-    assert usage.summary() == pytest.approx(
-        {"load/largest": 1, "load/entropy": 1, "load/dead": 0}, rel=1e-6
-    )
+    even = dict.fromkeys(expected, 1) | {"load/dead": 0}
+    assert usage.summary(names) == pytest.approx(even, rel=1e-6)
 
 
 def test_counts_of_the_epoch_are_saved():
@@ -98,4 +100,4 @@ def test_counts_of_the_epoch_are_saved():
     assert again.epoch.sum() == 2 * 6 * 2
     found = [one.add(random(5, seed=1), ends_update=True) for one in (usage, again)]
     torch.testing.assert_close(*found)
-    assert usage.summary() == again.summary()
+    assert usage.summary("ab") == again.summary("ab")
