@@ -174,6 +174,8 @@ def _root(
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit: 0 done, 1 failed, 2 usage, 75 resumable, 130 second Ctrl-C."""
+    from moectl.engine.launch import leave
+
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     code = 0
     if sys.stdout is None:  # closed by whoever started us
@@ -188,7 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         code = 1
     if code:
         _drop_stdout()
-    sys.exit(code)
+    leave(code)
 
 
 def _drop_stdout() -> None:

@@ -107,7 +107,7 @@ def room_files(*names: str) -> list[Path]:
     return [path for path in found if path.exists()]
 
 
-PARTS = ("taus", "model", "projector")
+PARTS = ("taus", "model", "projector", "blocks", "experts", "frequency")
 """Files of a room that its models and losses may build on, and that are as plain as these."""
 
 

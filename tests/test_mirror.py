@@ -33,5 +33,8 @@ def test_no_test_file_outlives_its_source() -> None:
     for path in (ROOT / "tests").glob("*/test_*.py"):
         folder = ROOT / "moectl" / path.parent.name
         if folder.is_dir():
-            source = folder / path.name.removeprefix("test_")
-            assert source.is_file(), f"{path.relative_to(ROOT)} tests nothing"
+            words = path.stem.removeprefix("test_").split("_")
+            # test_solvers_seeds.py may go on where test_solvers.py is full.
+            names = ["_".join(words[:count]) for count in range(1, len(words) + 1)]
+            found = any((folder / f"{name}.py").is_file() for name in names)
+            assert found, f"{path.relative_to(ROOT)} tests nothing"

@@ -2,16 +2,23 @@
 
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from moectl.diffusion import profile
+from moectl.diffusion.data import Data, load
 from moectl.diffusion.eval import evaluate, write_evaluation
 from moectl.diffusion.inference import Opened, open_weights
 from moectl.diffusion.pictures import write_strip
+from moectl.diffusion.reference import Reference, check_reference, reference_of
 from moectl.diffusion.report import report
+from moectl.diffusion.sample import check
 from moectl.diffusion.settings import DiffusionSettings, ModelSection
 from moectl.diffusion.train import train
 from moectl.diffusion.variants import VARIANTS, changed, changes
@@ -20,6 +27,9 @@ from moectl.engine.files import csv_text, is_file, write_json, write_text
 from moectl.engine.launch import agree
 from moectl.engine.run import Run, create, read_record, reopen
 from moectl.engine.tracking import loads_or_none
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +78,7 @@ def plan(
 def _numbers(text: str) -> list[int]:
     """Read numbers with commas; 0 stands for none given."""
     words = [word.strip() for word in text.split(",")] if text else ["0"]
-    if text and not all(word.isdigit() and int(word) for word in words):
+    if text and not all(word.isdecimal() and int(word) for word in words):
         raise UserError(f"{text!r}: expected whole numbers from 1 on, with commas")
     return [int(word) for word in words]
 
@@ -95,6 +105,8 @@ def ablate(run: Run[DiffusionSettings], wanted: dict[str, Changes]) -> dict[str,
     Raises:
         UserError: if they are others, or one of them cannot be.
     """
+    settings = {name: settings_of(run.settings, own) for name, own in wanted.items()}
+    wanted = {name: wanted[name] for name in distinct(settings)} if wanted else {}
     kept = run.record.get("variants")
     if kept is not None and wanted not in ({}, kept):
         raise UserError(
@@ -103,8 +115,11 @@ def ablate(run: Run[DiffusionSettings], wanted: dict[str, Changes]) -> dict[str,
         )
     wanted = kept or wanted
     settings = {name: settings_of(run.settings, own) for name, own in wanted.items()}
+    data = load(run.settings.data)
+    _check(run.settings, data)
+    reference = cache(lambda: _reference(run, data))
     run.note(variants=wanted)
-    rows = [_row(run, name, settings[name], wanted[name]) for name in wanted]
+    rows = [_row(run, name, settings[name], own, reference) for name, own in wanted.items()]
     document = {"folder": str(run.folder), "variants": rows}
     if run.is_main:
         write_json(run.folder / "ablation.json", document)
@@ -113,8 +128,49 @@ def ablate(run: Run[DiffusionSettings], wanted: dict[str, Changes]) -> dict[str,
     return document
 
 
+def distinct(settings: Mapping[str, DiffusionSettings]) -> list[str]:
+    """Return the variants whose networks are not those of earlier ones.
+
+    Raises:
+        UserError: if none is left but the first.
+    """
+    found: dict[str, str] = {}
+    for name, one in settings.items():
+        unused = {"num_experts", "k_active", "dispatch"} if not one.model.moe else set()
+        network = one.model.model_dump_json(exclude=unused)
+        if network in found:
+            log.warning("%s is the same network as %s: left out", name, found[network])
+        else:
+            found[network] = name
+    if len(found) == 1:
+        raise UserError("nothing to compare with: every variant is the same network")
+    return list(found.values())
+
+
+def _check(settings: DiffusionSettings, data: Data) -> None:
+    """Refuse what could not be measured, before anything is trained.
+
+    Raises:
+        UserError: saying what.
+    """
+    if settings.eval.features != "none":
+        check(settings.sample, settings.process.steps, settings.loss.p_uncond > 0)
+    check_reference(settings.eval, data)
+
+
+def _reference(run: Run[DiffusionSettings], data: Data) -> Reference | None:
+    wanted, batch = run.settings.eval, run.settings.sample.batch_size
+    if wanted.features == "none":
+        return None
+    return reference_of(wanted, data, run.accelerator, batch)
+
+
 def _row(
-    run: Run[DiffusionSettings], name: str, settings: DiffusionSettings, own: Changes
+    run: Run[DiffusionSettings],
+    name: str,
+    settings: DiffusionSettings,
+    own: Changes,
+    reference: Callable[[], Reference | None],
 ) -> dict[str, Any]:
     """Return what is known of a variant, after training and measuring it if need be."""
     folder = run.folder / "variants" / name
@@ -125,8 +181,8 @@ def _row(
         return done
     try:
         _train(run, name, folder, settings)
-        found = {"name": name, "changes": own, **_measured(run, folder, settings)}
-    except RunFailed as error:
+        found = {"name": name, "changes": own, **_measured(run, folder, settings, reference())}
+    except (RunFailed, torch.OutOfMemoryError) as error:
         log.warning("%s failed: %s", name, error)
         return {"name": name, "changes": own, "failed": str(error)}
     except Interrupted as error:
@@ -152,11 +208,25 @@ def _train(
             settings, accelerator, room="diffusion", command="train", name=name, out=folder,
             origin={},
         )  # fmt: skip
-        own.note(parents=[str(run.folder)])
+        # The images of the first variant, or the training refuses.
+        own.note(parents=[str(run.folder)], data=run.record.get("data"))
     own.stop.deadline = run.stop.deadline
-    with own:
-        train(settings, own)
-    accelerator.free_memory()
+    try:
+        with own, _fresh_scaler(accelerator):
+            train(settings, own)
+    finally:
+        accelerator.free_memory()
+        run.stop.reason = run.stop.reason or own.stop.reason  # asked too late for it to hear
+    run.note(data=own.record["data"])
+
+
+@contextmanager
+def _fresh_scaler(accelerator: "Accelerator") -> Iterator[None]:
+    """Give back the loss scaler of fp16 as it was: each training begins with the same."""
+    state = accelerator.scaler.state_dict() if accelerator.scaler else {}
+    yield
+    if accelerator.scaler:
+        accelerator.scaler.load_state_dict(state)
 
 
 def _status(folder: Path) -> str:
@@ -169,14 +239,17 @@ def _status(folder: Path) -> str:
 
 
 def _measured(
-    run: Run[DiffusionSettings], folder: Path, settings: DiffusionSettings
+    run: Run[DiffusionSettings],
+    folder: Path,
+    settings: DiffusionSettings,
+    reference: Reference | None,
 ) -> dict[str, Any]:
     """Return what a trained variant costs and what it is worth."""
     if run.stop:
         raise Interrupted(f"{run.stop.reason} before it was measured")
     record = read_record(folder)
     opened = open_weights(folder / record["weights"][-1]["file"], settings, run.accelerator)
-    document, images = evaluate(opened)
+    document, images = evaluate(opened, reference)
     if run.is_main:
         write_evaluation(folder / "evals" / opened.tag, document, images)
         if images is not None:
@@ -187,8 +260,9 @@ def _measured(
 
 def _cost(opened: Opened) -> dict[str, Any]:
     total, used = profile.parameters(opened.model)
-    batch = opened.settings.train.batch_size
-    times = profile.times(opened.model, opened.image_size, batch)
+    batch = max(1, opened.settings.train.batch_size // opened.settings.train.accumulate)
+    with opened.accelerator.autocast():
+        times = profile.times(opened.model, opened.image_size, batch)
     opened.model.eval()
     return {
         "parameters": total,

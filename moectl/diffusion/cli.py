@@ -79,7 +79,7 @@ def ablate(  # noqa: PLR0913 - the options of a command
         str, typer.Option("--k-active", help="Variants with so many active experts, with commas.")
     ] = "",
     every: Annotated[
-        bool, typer.Option("--all", help="Each part left out, all left out, twice the experts.")
+        bool, typer.Option("--all", help="The original's experiments, and a dense control.")
     ] = False,
 ) -> None:
     """Train variants of the network on equals, and compare them."""

@@ -47,7 +47,8 @@ class Data:
     """Held out."""
     class_names: list[str]
     facts: dict[str, Any]
-    """Plain values: dataset, image_size, images of each set, digest of the contents."""
+    """Plain values: dataset, image_size, images of each set, digest of the contents (of folders:
+    names and lengths of the files)."""
 
 
 def load(section: "DataSection") -> Data:
@@ -92,10 +93,10 @@ def _in_memory(
         TensorSource(resized(images, section.image_size), labels, own, plain)
         for (images, labels), own in ((train, augment), (test, None))
     ]
-    digest = hashlib.sha256()
-    for source in sources:
-        digest.update(source.images.numpy().tobytes())
-        digest.update(source.labels.numpy().tobytes())
+    # Of the images as they came: what resizing makes of them differs between processors.
+    digest = hashlib.sha256(str(section.image_size).encode())
+    for tensor in (*train, *test):
+        digest.update(tensor.numpy().tobytes())
     return _data(section, sources, names.split(), digest.hexdigest())
 
 
@@ -156,7 +157,9 @@ def _images_below(folder: Path) -> Iterator[Path]:
     return (
         path
         for path in folder.rglob("*")
-        if path.suffix.lower() in _SUFFIXES and not path.name.startswith(".")
+        if path.suffix.lower() in _SUFFIXES
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        and not path.is_dir()
     )
 
 
@@ -169,14 +172,16 @@ def _classes_of(folder: Path) -> list[str]:
 
 
 def _folder(section: "DataSection") -> Data:
-    """Read a folder of images, or one folder per class; `train` and `test` above them may divide.
+    """Read a folder of images, or one folder per class.
 
-    Without that a share of the images is held out.
+    Above them `train` and `test` (or `val`, `validation`) may divide; without these a share of the
+    images is held out.
     """
     root = section.root
     if not root.is_dir():
         raise UserError(f"{root}: no such folder", "--data-dir names the folder of the images")
-    parts = [root / "train", root / "test"]
+    others = (root / name for name in ("test", "val", "validation"))
+    parts = [root / "train", next((part for part in others if part.is_dir()), root / "test")]
     divided = all(part.is_dir() for part in parts)
     names = _classes_of(parts[0] if divided else root)
 
@@ -227,8 +232,11 @@ def _from_items(
     plain = partial(_read, open_image, section.image_size, False)
     augment = partial(_read, open_image, section.image_size, section.hflip)
     finish = Plain(_HALF, _HALF)
+    generator = torch.Generator().manual_seed(0)
+    # Mixed, so that any first ones of them are of all classes.
+    held = [test[row] for row in torch.randperm(len(test), generator=generator).tolist()]
     sources = [
-        FolderSource(part, augment, plain, section.workers, finish) for part in (train, test)
+        FolderSource(part, augment, plain, section.workers, finish) for part in (train, held)
     ]
     return _data(section, sources, names, digest)
 

@@ -17,6 +17,7 @@ Norm = Literal["group", "batch"]
 
 _EPS = 1e-5
 _MOMENTUM = 0.1
+_LARGEST = 2**28  # gathered weights of a block: a gigabyte of float32
 _FEW = 4  # rows per expert; with more of them it pays on CPUs to call experts one by one
 
 Layer = Callable[[Tensor], Tensor]
@@ -159,10 +160,13 @@ class Experts(nn.Module):
             film: (R, 3 C), scale and shift in the middle and a gate at the end; None for none.
             how: "grouped" runs each expert once on all of its rows, which asks the device for their
                 numbers; "stacked" gathers the weights of every row and runs all at once, without
-                waiting. "auto" takes the first on CPUs for many rows.
+                waiting. "auto" takes the first on CPUs for many rows, and where the gathered
+                weights would fill the memory.
         """
         if how == "auto":
-            many = rows.device.type == "cpu" and len(rows) > _FEW * self.count
+            size = len(rows) * sum(one[0].numel() for one in self.parameters())
+            on_cpu = rows.device.type == "cpu"
+            many = len(rows) > _FEW * self.count if on_cpu else size > _LARGEST
             how = "grouped" if many else "stacked"
         if how == "stacked":
             return self._run(

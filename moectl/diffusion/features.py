@@ -93,7 +93,7 @@ def trained_classifier(
     if len(data.class_names) < 2:
         raise UserError(
             f"{data.facts['dataset']}: one class, of which a classifier learns nothing",
-            "take the features of Inception, or raw pixels",
+            "--features inception, or none",
         )
     path = cache / f"classifier-{data.facts['digest']}.pth"
     facts = {

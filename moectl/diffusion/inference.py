@@ -1,14 +1,22 @@
-"""Opening a trained network."""
+"""Opening a trained network, and making images with it.
 
+Letters: N images, n of them in this process, S pixels of a side.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from moectl.diffusion.data import Data, load
 from moectl.diffusion.model import UNet, build
 from moectl.diffusion.process import GaussianDiffusion
 from moectl.diffusion.settings import DiffusionSettings
+from moectl.diffusion.solvers import generate
 from moectl.engine import artefact
 from moectl.engine.command import Request
 from moectl.engine.errors import UserError
@@ -18,6 +26,12 @@ from moectl.engine.run import read_record
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+
+log = logging.getLogger(__name__)
+
+_FACTS = {"arguments", "process", "class_names", "image_size", "images", "digest", "epoch"}
+"""What a sidecar holds."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +84,30 @@ class Opened:
         return data
 
 
+def make(
+    opened: Opened, labels: Tensor, keep: Callable[[Sequence[int], Tensor], None] = lambda *_: None
+) -> Tensor:
+    """Make images of classes (N,) as the settings say, with seeds that follow each other.
+
+    Args:
+        opened: the network.
+        labels: (N,) classes.
+        keep: is given every batch as it is done, see `solvers.generate`.
+
+    Returns:
+        (n, 3, S, S) this process's share.
+
+    Raises:
+        RunFailed: if an image holds other than finite numbers.
+    """
+    section = opened.settings.sample
+    seeds = range(section.seed, section.seed + len(labels))
+    size = opened.image_size
+    return generate(
+        opened.model, opened.diffusion, opened.accelerator, labels, seeds, section, size, keep
+    )
+
+
 def open_network(request: Request) -> Opened:
     """Open the weights that a request names: averaged ones if `sample.ema` says so.
 
@@ -90,6 +128,8 @@ def open_weights(path: Path, settings: DiffusionSettings, accelerator: "Accelera
     """
     weights = artefact.load(path)
     model, ema = rebuild(weights, ema=settings.sample.ema)
+    if settings.sample.ema and not ema:
+        log.warning("the training kept no averaged weights; these are those of the last update")
     return Opened(
         model=model.to(accelerator.device).eval(),
         diffusion=GaussianDiffusion(**weights.facts["process"]).to(accelerator.device),
@@ -120,12 +160,18 @@ def rebuild(weights: artefact.Artefact, *, ema: bool) -> tuple[UNet, bool]:
     Raises:
         UserError: if there is no such sidecar.
     """
-    if weights.facts.get("model") != "UNet":
+    facts, path = weights.facts, weights.path
+    if facts.get("model") != "UNet" or (missing := _FACTS - set(facts)):
+        without = f" with {', '.join(sorted(missing))}" if facts.get("model") == "UNet" else ""
         raise UserError(
-            f"{weights.path}: has no {weights.path.name}.json of diffusion beside it",
+            f"{path}: has no {path.name}.json of diffusion{without} beside it",
             "expected weights that moectl diffusion train wrote",
         )
-    model = build(weights.facts["arguments"])
     averaged = ema and "ema_state_dict" in weights.payload
-    model.load_state_dict(weights.payload["ema_state_dict" if averaged else "model_state_dict"])
+    try:
+        model = build(facts["arguments"])
+        model.load_state_dict(weights.payload["ema_state_dict" if averaged else "model_state_dict"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        words = " ".join(str(error).split())[:160]
+        raise UserError(f"{path}: does not fit what {path.name}.json says ({words})") from None
     return model, averaged

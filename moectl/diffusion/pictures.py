@@ -103,7 +103,7 @@ def losses(path: Path, curves: Mapping[str, Sequence[Mapping[str, str]]]) -> Non
             )
             for name, rows in curves.items()
         },
-        title="Mean squared error of the noise, held-out images",
+        title="Held-out loss",
         x_label="epoch",
         y_label="loss",
         scale="log",
@@ -127,8 +127,13 @@ def write_png(path: Path, image: "Tensor") -> None:
 
 
 def learning_curve(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
-    """Draw the losses over the epochs, from the rows of metrics.csv that end one."""
-    names = {"train/dm_loss": "training, weights at hand", "val/loss": "held out, averaged weights"}
+    """Draw the losses over the epochs, the held-out ones of the averaged weights.
+
+    Args:
+        path: the PNG file.
+        rows: of metrics.csv, those that end an epoch.
+    """
+    names = {"train/noise_loss": "training", "val/loss": "held out"}
     curves = {
         words: [(float(row["epoch"]), float(row[name])) for row in rows if row.get(name)]
         for name, words in names.items()

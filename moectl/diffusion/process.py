@@ -20,10 +20,13 @@ _OFFSET, _LARGEST = 0.008, 0.999
 def betas(schedule: Schedule, steps: int) -> Tensor:
     """Variance that each step adds, (T,) float64.
 
-    Sources: Ho et al. 2020 (linear); Nichol and Dhariwal 2021 (cosine).
+    That of "linear" is for 1000 steps; with fewer of them each adds more, so that all end in noise.
+
+    Sources: Ho et al. 2020 (linear); Nichol and Dhariwal 2021 (cosine, and other numbers of steps).
     """
     if schedule == "linear":
-        return torch.linspace(*_LINEAR, steps, dtype=torch.float64)
+        curve = torch.linspace(*_LINEAR, steps, dtype=torch.float64)
+        return (curve * 1000 / steps).clamp(max=_LARGEST)
     places = torch.arange(steps + 1, dtype=torch.float64) / steps
     curve = ((places + _OFFSET) / (1 + _OFFSET) * math.pi / 2).cos().square()
     return (1 - curve[1:] / curve[:-1]).clamp(max=_LARGEST)

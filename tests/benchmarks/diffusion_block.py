@@ -96,8 +96,7 @@ def main() -> None:
     rows = {
         "loop": loop,
         "all experts": every,
-        "grouped": ours("grouped"),
-        "stacked": ours("stacked"),
+        **{how: ours(how) for how in ("grouped", "stacked", "auto")},
     }
     print(f"{'channels x side':>16} {'batch':>5}", *(f"{name:>11}" for name in rows),
           f"{'loop/auto':>9} {'all/auto':>9}")  # fmt: skip

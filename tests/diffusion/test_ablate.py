@@ -59,7 +59,7 @@ class TestPlan:
         with pytest.raises(UserError, match="--all goes with no other"):
             planned(every=True, experts="4")
 
-    @pytest.mark.parametrize("words", ["two", "4,", "0", "4,-1", "1.5"])
+    @pytest.mark.parametrize("words", ["two", "4,", "0", "4,-1", "1.5", "²"])
     def test_numbers_are_numbers(self, words):
         with pytest.raises(UserError, match="whole numbers"):
             planned(experts=words)
@@ -234,3 +234,109 @@ def test_no_variant_is_a_usage_error(diffusion):
     assert code == 2
     assert "--all" in err
     assert not Path("runs").exists()
+
+
+def test_epochs_are_those_of_all_variants(own, diffusion):
+    code, _, err = diffusion("ablate", "--resume", str(own), "--epochs", "3")
+    assert code == 2
+    assert "train.epochs = 3 (the run has 1)" in err
+
+
+def test_variants_must_see_the_same_images(tmp_path, diffusion, monkeypatch):
+    from PIL import Image
+
+    monkeypatch.setenv("MOECTL_RUNS", str(tmp_path / "runs"))
+    for name, count in (("one", 30), ("two", 31)):
+        for place in range(count):
+            path = tmp_path / name / "ab"[place % 2] / f"{place}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8), (8 * place, 0, 0)).save(path)
+    folder = tmp_path / "a"
+    words = ["--no-freq", "--features", "none", "--data", "folder", "--set", "data.workers=0"]
+    words = [*TINY[2:], *words, "--data-dir", str(tmp_path / "one"), "--out", str(folder)]
+    assert diffusion("ablate", *words)[0] == 0
+    shutil.rmtree(folder / "variants" / "no_freq")
+    code, _, err = diffusion("ablate", "--resume", str(folder), "--data-dir", str(tmp_path / "two"))
+    assert code == 2
+    assert "began with other images of folder" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--timesteps", "20", "--steps", "50"), "the process has 20 steps"),
+        (("--p-uncond", "0", "--cfg-scale", "2"), "nothing to guide away from"),
+        (("--eta", "0.5"), "is for ddim"),
+    ],
+)
+def test_what_cannot_be_sampled_is_refused_before_any_training(tmp_path, diffusion, words, said):
+    code, _, err = diffusion("ablate", *TINY, "--no-moe", *words, "--out", str(tmp_path / "a"))
+    assert code == 2
+    assert said in err
+    assert not (tmp_path / "a" / "variants").exists()
+
+
+def test_out_of_memory_is_told_of_one_variant(tmp_path, diffusion, monkeypatch):
+    import torch
+
+    from moectl.diffusion import ablate as module
+
+    monkeypatch.setenv("MOECTL_RUNS", str(tmp_path / "runs"))
+    whole = module.train
+
+    def train(settings, run):
+        if not settings.model.freq:
+            raise torch.OutOfMemoryError("too much")
+        whole(settings, run)
+
+    monkeypatch.setattr(module, "train", train)
+    words = ("--no-freq", "--features", "none", "--out", str(tmp_path / "a"))
+    assert diffusion("ablate", *TINY, *words)[0] == 1
+    assert rows_of(tmp_path / "a")["no_freq"]["failed"] == "too much"
+
+
+def test_a_signal_at_the_end_of_a_variant_is_heard(tmp_path, diffusion, monkeypatch):
+    import os
+    import signal
+
+    from moectl.diffusion import ablate as module
+
+    monkeypatch.setenv("MOECTL_RUNS", str(tmp_path / "runs"))
+    whole = module.train
+
+    def train(settings, run):
+        whole(settings, run)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(module, "train", train)
+    words = ("--no-freq", "--features", "none", "--out", str(tmp_path / "a"))
+    code, _, err = diffusion("ablate", *TINY, *words)
+    assert code == 75
+    assert "SIGTERM" in err
+
+
+def test_equal_networks_are_trained_once(caplog):
+    from moectl.diffusion.ablate import distinct
+
+    base = DiffusionSettings()
+    found = {
+        name: settings_of(base, own)
+        for name, own in {
+            "full": {},
+            "experts8": {"num_experts": 8},
+            "no_moe+experts4": {"moe": False, "num_experts": 4},
+            "no_moe+experts2": {"moe": False, "num_experts": 2},
+        }.items()
+    }
+    assert distinct(found) == ["full", "no_moe+experts4"]
+    with pytest.raises(UserError, match="every variant is the same network"):
+        distinct({"full": found["full"], "experts8": found["experts8"]})
+
+
+def test_the_same_command_goes_on_although_a_variant_was_left_out(tmp_path, diffusion, monkeypatch):
+    monkeypatch.setenv("MOECTL_RUNS", str(tmp_path / "runs"))
+    words = ("--num-experts", "2,3", "--features", "none")
+    assert diffusion("ablate", *TINY, *words, "--out", str(tmp_path / "a"))[0] == 0
+    assert list(rows_of(tmp_path / "a")) == ["full", "experts2"]
+    code, _, err = diffusion("ablate", *TINY, *words, "--resume", str(tmp_path / "a"))
+    assert code == 0, err

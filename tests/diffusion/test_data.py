@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torchvision.datasets import CIFAR10
 
+from moectl.diffusion import data as data_module
 from moectl.diffusion.data import load, resized
 from moectl.diffusion.settings import DataSection
 from moectl.engine.errors import UserError
@@ -369,3 +370,35 @@ def test_digest_of_a_folder_goes_with_its_files_and_not_its_place(classes, tmp_p
     (classes / "cat" / "00.png").rename(classes / "dog" / "00a.png")
     found.add(digest())
     assert len(found) == 5
+
+
+def test_copies_in_hidden_folders_are_passed_over(classes):
+    shutil.copytree(classes / "cat", classes / "cat" / ".ipynb_checkpoints")
+    (classes / "cat" / "zz.png").mkdir()
+    data = load(section(root=classes))
+    assert len(data.train) + len(data.test) == 25
+
+
+@pytest.mark.parametrize("name", ["val", "validation"])
+def test_held_out_images_may_be_called_validation(classes, tmp_path, name):
+    shutil.copytree(classes, tmp_path / "both" / "train")
+    save(tmp_path / "both" / name / "dog" / "x.png", np.full((8, 8, 3), 255))
+    data = load(section(root=tmp_path / "both"))
+    assert data.facts["images"] == {"train": 25, "test": 1}
+    assert data.class_names == ["cat", "dog"]
+
+
+def test_first_held_out_images_are_of_all_classes(tmp_path):
+    for label in range(4):
+        for number in range(25):
+            save(tmp_path / "many" / str(label) / f"{number}.png", np.zeros((4, 4, 3)))
+    data = load(section(root=tmp_path / "many", val_fraction=0.8))
+    first = [label for _, label in data.test.items[:20]]
+    assert set(first) == {0, 1, 2, 3}
+
+
+def test_digest_is_of_the_images_as_they_came(monkeypatch):
+    one = load(section(dataset="digits", image_size=16)).facts["digest"]
+    monkeypatch.setattr(data_module, "resized", lambda images, _: images)
+    assert load(section(dataset="digits", image_size=16)).facts["digest"] == one
+    assert load(section(dataset="digits", image_size=12)).facts["digest"] != one

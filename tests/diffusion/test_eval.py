@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from moectl.cli import _run
 from moectl.diffusion import eval as evaluation
-from moectl.diffusion.eval import Features, compare
-from moectl.diffusion.features import trained_classifier
+from moectl.diffusion import inference, solvers
+from moectl.diffusion import reference as references
+from moectl.diffusion.eval import compare
 from moectl.diffusion.measures import measure
-from moectl.engine.sources import TensorSource
+from moectl.diffusion.reference import reference_of
 
 Call = Callable[..., tuple[int, str, str]]
 
@@ -202,7 +203,8 @@ def test_raw_weights_have_a_folder_of_their_own(own: Path, diffusion: Call) -> N
 def test_other_ways_to_sample_have_folders_of_their_own(
     own: Path, diffusion: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluation, "evaluate", lambda _: ({}, torch.zeros(1)))
+    monkeypatch.setattr(evaluation, "evaluate", lambda *_: ({}, torch.zeros(1)))
+    monkeypatch.setattr(evaluation, "reference_of", lambda *_: None)
     monkeypatch.setattr(evaluation, "evaluation_text", lambda _: "")
     made: list[str] = []
     monkeypatch.setattr(evaluation, "write_evaluation", lambda path, *_: made.append(path.name))
@@ -222,19 +224,18 @@ def test_a_network_without_experts_has_no_usage(opened: Any, tmp_path: Path) -> 
     from moectl.diffusion.model import build
 
     plain = build(opened.facts["arguments"] | {"moe": False}).eval()
-    section = opened.settings.eval.model_copy(update={"features": "none"})
-    settings = opened.settings.model_copy(update={"eval": section})
     document, images = evaluation.evaluate(
         SimpleNamespace(  # type: ignore[arg-type]
             model=plain,
             diffusion=opened.diffusion,
             data=opened.data,
             accelerator=opened.accelerator,
-            settings=settings,
+            settings=opened.settings,
             class_names=opened.class_names,
             folder=opened.folder,
             weights=opened.weights,
-        )
+        ),
+        None,
     )
     assert images is None
     assert not [name for name in document if "usage" in name or "expert" in name]
@@ -251,16 +252,24 @@ def test_inception_alone_gives_fid(
             assert images.dtype == torch.uint8
             return images.float().mean(1).flatten(1)[:, ::7] / 255
 
-    monkeypatch.setattr(evaluation, "inception", lambda _: Stub())
+    seeds: list[int] = []
+
+    def generate(*given: Any) -> Tensor:
+        seeds.extend(given[4])
+        return solvers.generate(*given)
+
+    monkeypatch.setattr(inference, "generate", generate)
+    monkeypatch.setattr(references, "inception", lambda _: Stub())
     words = ("--features", "inception", "--num", "20", "--steps", "2", "--cfg-scale", "2")
-    code, out, _ = diffusion("eval", *words, "--quiet", "--json")
+    code, out, _ = diffusion("eval", *words, "--sample-seed", "7", "--quiet", "--json")
     assert code == 0
     found = json.loads(out)
+    assert seeds == list(range(7, 27))
     assert found["distance"] == "FID"
     assert "sample_accuracy" not in found
     assert found["warning"].startswith("20 images, fewer than 10000")
     assert found["sampling"]["network_calls"] == 4
-    (folder,) = (own / "evals").glob("*inception_dpmpp2_cfg2_seed0_n20")
+    (folder,) = (own / "evals").glob("*inception_dpmpp2_cfg2_seed7_n20")
     text = (folder / "eval.md").read_text()
     assert "| FID |" in text
     assert "guidance scale 2" in text
@@ -270,50 +279,37 @@ def test_inception_alone_gives_fid(
 # Comparisons
 
 
-def real(opened: Any, count: int, shift: int = 0) -> Tensor:
-    """Training images whose classes, in turn, are those that are asked for, or others."""
+def real(opened: Any, count: int) -> tuple[Tensor, Tensor]:
+    """Training images and their classes."""
     ((images, labels),) = opened.data.train.ordered(10_000, torch.device("cpu"))
-    rows = [(labels == label).nonzero()[:, 0].tolist() for label in range(10)]
-    return torch.stack([images[rows[(place + shift) % 10].pop()] for place in range(count)])
+    return images[:count], labels[:count]
 
 
 def test_real_images_are_read_as_the_classes_that_were_asked_for(own: Path, opened: Any) -> None:
-    classifier, _ = trained_classifier(opened.data, opened.accelerator, own.parent / "classifiers")
-    features = Features("FD", classifier.features, classifier)
-    right = compare(opened, features, real(opened, 95))
+    known = reference_of(opened.settings.eval, opened.data, opened.accelerator, 64)
+    images, labels = real(opened, 95)
+    right = compare(known, images, labels, 64, torch.device("cpu"))
     assert right["sample_accuracy"] > 0.95
     assert len(right["sample_accuracy_by_class"]) == 10
     assert min(right["sample_accuracy_by_class"]) > 0.7
     assert right["distances"][2]["precision"] == 1
-    wrong = compare(opened, features, real(opened, 95, shift=1))
+    assert right["held_out_accuracy"] == known.held_out_accuracy
+    wrong = compare(known, images, (labels + 1) % 10, 64, torch.device("cpu"))
     assert wrong["sample_accuracy"] < 0.05
-    assert wrong["held_out_accuracy"] == right["held_out_accuracy"]
 
 
-def test_sorted_classes_are_mixed_before_some_of_them_are_taken(opened: Any) -> None:
-    data = opened.data
-    order = data.train.labels.argsort(stable=True)
-    train = TensorSource(data.train.images[order], data.train.labels[order], None, data.train.plain)
-    settings = SimpleNamespace(sample=opened.settings.sample)
-    other: Any = SimpleNamespace(
-        data=SimpleNamespace(train=train, test=data.test),
-        accelerator=opened.accelerator,
-        settings=settings,
-        class_names=opened.class_names,
-        guidable=True,
-    )
-    features = Features("FD", lambda images: images.mean(1).flatten(1)[:, ::5])
-    images = real(opened, 200)
-    rows = compare(other, features, images)["distances"]
-    assert rows[1]["images"] == 200
-    assert rows[1]["recall"] > 0.85, "not those of the first two classes alone"
-    assert compare(other, features, images)["distances"] == rows
+def test_a_class_that_no_sample_shows_has_no_accuracy(own: Path, opened: Any) -> None:
+    known = reference_of(opened.settings.eval, opened.data, opened.accelerator, 64)
+    images, labels = real(opened, 60)
+    rows = labels != 3
+    found = compare(known, images[rows], labels[rows], 64, torch.device("cpu"))
+    assert found["sample_accuracy_by_class"][3] is None
 
 
 def test_what_cannot_be_compared_is_refused_before_anything_is_measured(
-    opened: Any, monkeypatch: pytest.MonkeyPatch, own: Path, diffusion: Call
+    monkeypatch: pytest.MonkeyPatch, own: Path, diffusion: Call
 ) -> None:
-    monkeypatch.setattr(evaluation, "_K", 180)
+    monkeypatch.setattr(references, "NEIGHBOURS", 180)
     monkeypatch.setattr(evaluation, "measure", None)
     code, out, err = diffusion("eval", "--quiet")
     assert (code, out) == (2, "")

@@ -263,3 +263,19 @@ def test_sizes_of_128_channels(separable, parameters):
         experts = Experts(8, 128, separable=separable, norm="batch")
     assert sum(p.numel() for p in experts.parameters()) == parameters + 8 * 4 * 128
     assert sum(b.numel() for b in experts.buffers()) == 8 * 4 * 128
+
+
+def test_weights_that_would_fill_the_memory_are_not_gathered(monkeypatch):
+    from moectl.diffusion import experts
+
+    stacked, rows = made(True, "group"), torch.randn(2, C, 2, 2, dtype=torch.float64)
+    called: list[int] = []
+    device = rows.new_empty(2, C, 2, 2, device="meta")
+    one = sum(weights[0].numel() for weights in stacked.parameters())
+    for most, grouped in ((2 * one, False), (2 * one - 1, True)):
+        monkeypatch.setattr(experts, "_LARGEST", most)
+        called.clear()
+        monkeypatch.setattr(stacked, "_run", lambda *_: device)
+        monkeypatch.setattr(stacked, "_grouped", lambda *_: called.append(1))
+        stacked(device, torch.zeros(2, dtype=torch.int64))
+        assert bool(called) is grouped

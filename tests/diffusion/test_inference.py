@@ -139,3 +139,28 @@ def test_weights_outside_a_run_are_refused(own_run, tmp_path, diffusion):
     code, out, err = diffusion("sample", "--checkpoint", str(path), "--num", "1")
     assert (code, out) == (2, "")
     assert "lies outside a run folder" in err
+
+
+def resign(path, **changes):
+    """Write the sidecar with other facts; None leaves one out."""
+    found = artefact.load(path)
+    facts = {key: one for key, one in (found.facts | changes).items() if one is not None}
+    artefact.save(path, found.payload, facts)
+
+
+@pytest.mark.parametrize("name", ["process", "digest"])
+def test_sidecar_that_lacks_something_is_told_of(own_run, name):
+    path = own_run / "checkpoint_epoch_2.pth"
+    resign(path, **{name: None})
+    with pytest.raises(UserError, match=f"no checkpoint_epoch_2.pth.json of diffusion with {name}"):
+        open_network(request(own_run, own_run))
+
+
+@pytest.mark.parametrize("changed", [{"num_experts": 5}, {"nonsense": 1}, {"k_active": 9}])
+def test_weights_that_do_not_fit_their_sidecar_are_told_of_in_a_line(own_run, changed):
+    path = own_run / "checkpoint_epoch_2.pth"
+    arguments = json.loads((own_run / "checkpoint_epoch_2.pth.json").read_text())["arguments"]
+    resign(path, arguments=arguments | changed)
+    with pytest.raises(UserError, match="does not fit what") as caught:
+        open_network(request(own_run, own_run))
+    assert "\n" not in caught.value.message

@@ -258,3 +258,30 @@ def test_class_beyond_the_names_is_none():
 )
 def test_rows_begin_with_the_first_class_if_that_fits(labels, expected):
     assert columns_of(torch.tensor(labels)) == expected
+
+
+def test_images_that_are_not_finite_are_refused(diffusion, own_run, monkeypatch):
+    from moectl.diffusion import solvers
+
+    monkeypatch.setattr(solvers, "denoise", lambda *given, **_: given[2] * float("nan"))
+    code, out, err = diffusion("sample", "--run", str(own_run), *FEW, "--num", "4")
+    assert (code, out) == (1, "")
+    assert "images 0 to 3 hold other than finite numbers" in err
+
+
+def test_images_are_written_as_they_are_made(own_run, diffusion, monkeypatch, tmp_path):
+    from moectl.diffusion import solvers
+
+    whole, calls = solvers.denoise, []
+
+    def denoise(*given, **words):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return whole(*given, **words)
+
+    monkeypatch.setattr(solvers, "denoise", denoise)
+    folder = tmp_path / "made"
+    words = ("--num", "12", "--batch", "4", "--save-dir", str(folder))
+    assert diffusion("sample", "--run", str(own_run), *FEW, *words)[0] == 130
+    assert len(files(folder)) == 8

@@ -169,7 +169,7 @@ def test_patience_ends_with_weights(fit: Fit, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("decay", [0.9, 0.3, 0.0])
 def test_the_average_is_that_of_a_slow_reference(decay: float) -> None:
     model = nn.Linear(3, 2)
-    averaged = train.average(model, decay)  # type: ignore[arg-type]
+    averaged = train.average(model, decay, torch.device("cpu"))  # type: ignore[arg-type]
     expected: list[float] = []
     for done in range(8):
         with torch.no_grad():
@@ -295,7 +295,9 @@ def test_checkpointing_changes_nothing(fit: Fit) -> None:
 
 def test_micro_batches_give_the_whole_batch(fit: Fit) -> None:
     values = {"loss__balance": "none", "optim__name": "sgd"}
-    assert apart(fit("whole", **values), fit("cut", train__accumulate=2, **values)) < 1e-6
+    whole, cut = fit("whole", **values), fit("cut", train__accumulate=2, **values)
+    assert apart(whole, cut) < 1e-6
+    assert apart(whole, cut, "ema_state_dict") < 1e-6
 
 
 def test_micro_batches_balance_nearly_as_the_whole(fit: Fit) -> None:
@@ -380,3 +382,12 @@ def test_a_flat_folder_of_images_is_one_class(
     assert facts["images"] == {"train": 11, "test": 1}
     with Image.open("run/samples/epoch_1.png") as picture:
         assert picture.width > 4 * picture.height
+
+
+def test_a_resumed_training_has_the_same_images(own_run: Path, diffusion: Any) -> None:
+    record = json.loads((own_run / "run.json").read_text())
+    record["data"]["digest"] = "other"
+    (own_run / "run.json").write_text(json.dumps(record))
+    code, _, err = diffusion("train", "--resume", str(own_run), "--epochs", "3")
+    assert code == 2
+    assert "began with other images of digits" in err

@@ -1,6 +1,8 @@
 """Threads, precision and processes."""
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -179,3 +181,29 @@ def test_offline(monkeypatch: pytest.MonkeyPatch, value: str, off: bool) -> None
     assert launch.offline() == off
     monkeypatch.delenv("MOECTL_OFFLINE")
     assert not launch.offline()
+
+
+FAREWELL = """
+import atexit, sys
+import torch
+from moectl.engine.launch import leave
+
+atexit.register(lambda: print("farewell"))
+if len(sys.argv) > 1:
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{sys.argv[1]}", rank=0, world_size=1
+    )
+print("done", end=" ")
+leave(3)
+"""
+
+
+def test_one_of_several_processes_ends_without_the_interpreters_farewell(tmp_path: Path) -> None:
+    # Two gloo processes that ended the usual way aborted in one of a dozen ends on a busy machine.
+    program = [sys.executable, "-c", FAREWELL]
+    alone = subprocess.run(program, capture_output=True, text=True, check=False)
+    among = subprocess.run(
+        [*program, str(tmp_path / "store")], capture_output=True, text=True, check=False
+    )
+    assert (alone.returncode, alone.stdout) == (3, "done farewell\n")
+    assert (among.returncode, among.stdout) == (3, "done ")

@@ -76,3 +76,16 @@ def test_optimizer_is_the_one_described(
     assert type(optimizer) is kind
     group = optimizer.param_groups[0]
     assert {name: group[name] for name in expected} == expected
+
+
+def test_fused_adamw_takes_the_same_steps() -> None:
+    section = OptimSection(name="adamw", lr=0.01, weight_decay=0.1)
+    found = []
+    for fused in (False, True):
+        weights = torch.nn.Parameter(torch.linspace(-1, 1, 7))
+        optimizer = build_optimizer(section, [weights], fused=fused)
+        for _ in range(5):
+            weights.grad = weights.detach() ** 3 + 1
+            optimizer.step()
+        found.append(weights.detach())
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-6)

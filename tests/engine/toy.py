@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
+from moectl.engine.launch import leave
 from moectl.engine.sections import OptimSection, ScheduleSection, TrainSection
 from moectl.engine.settings import Settings
 
@@ -268,5 +269,5 @@ if __name__ == "__main__":
     if len(codes) > 1:
         if os.environ.get("RANK", "0") == "0":
             print(json.dumps(codes))  # noqa: T201
-        sys.exit(0)
-    sys.exit(codes[0])
+        leave()
+    leave(codes[0])

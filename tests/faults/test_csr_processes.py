@@ -17,7 +17,7 @@ import torch
 from moectl.csr import losses, train as module
 from moectl.csr.settings import CsrSettings
 from moectl.csr.stages import STAGES, Training
-from moectl.engine.launch import build_accelerator, gather_objects
+from moectl.engine.launch import build_accelerator, gather_objects, leave
 from moectl.engine.run import create
 from moectl.engine.settings import resolve
 from moectl.engine.sources import Stream
@@ -58,7 +58,7 @@ for mode in ("images", "features"):
     everyone = gather_objects(accelerator, seen)
     if accelerator.is_main_process:
         (root / mode / "seen.json").write_text(json.dumps(everyone))
-accelerator.end_training()
+leave()
 """
 SIZES = {"one": ("16", 1), "two": ("8", 2)}
 

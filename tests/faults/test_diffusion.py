@@ -161,7 +161,7 @@ from moectl.diffusion.blocks import MixtureBlock
 from moectl.diffusion.data import Data
 from moectl.diffusion.model import build
 from moectl.diffusion.settings import DiffusionSettings
-from moectl.engine.launch import build_accelerator, gather_objects
+from moectl.engine.launch import build_accelerator, gather_objects, leave
 from moectl.engine.run import create
 from moectl.engine.settings import resolve
 from moectl.engine.sources import Stream, TensorSource
@@ -216,10 +216,10 @@ def main(folder, patch=setattr):
     everyone = gather_objects(accelerator, [one.sum(0).tolist() for one in seen])
     if accelerator.is_main_process:
         (folder / "seen.json").write_text(json.dumps(everyone))
-    return accelerator
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1])).end_training()
+    main(Path(sys.argv[1]))
+    leave()
 """
 
 

@@ -178,6 +178,7 @@ SHARES = """
 import json, sys
 from types import SimpleNamespace
 import torch
+from moectl.engine.launch import leave
 from moectl.taskmoe.losses import balance_loss
 from moectl.taskmoe.train import over_processes
 
@@ -202,7 +203,7 @@ for sizes in ([3, 2], [4, 1], [2, 3]):
         })
 if rank == 0:
     print(json.dumps(found))
-torch.distributed.destroy_process_group()
+leave()
 """
 
 
