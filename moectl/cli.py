@@ -49,6 +49,17 @@ CONTENTS: dict[str, tuple[str, dict[str, str]]] = {
             "convert": "Bring a .pth of the original code into a run folder.",
         },
     ),
+    "controller": (
+        "A policy that answers about images within a latency budget.",
+        {
+            "toy": "Teach a small network to answer, so that plans have something to trade.",
+            "profile": "Measure blocks, plans and latency of a network.",
+            "grpo": "Train the controller on answers of a frozen network.",
+            "eval": "Measure a controller and its rivals under budgets.",
+            "infer": "Answer a question within a budget.",
+            "convert": "Bring a checkpoint of MolmoE into a folder of safetensors.",
+        },
+    ),
     "diffusion": (
         "Images from noise by convolutional experts and bands of frequency.",
         {

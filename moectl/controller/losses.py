@@ -28,26 +28,24 @@ def advantages(rewards: Tensor, groups: Tensor, scale: Scale = "group") -> tuple
 
     Source: Shao et al. 2024.
     """
-    count = int(groups.max()) + 1
-    sizes = torch.zeros(count, dtype=rewards.dtype).index_add_(0, groups, torch.ones_like(rewards))
-    means = torch.zeros_like(sizes).index_add_(0, groups, rewards) / sizes
-    centred = rewards - means[groups]
-    squares = torch.zeros_like(sizes).index_add_(0, groups, centred.square())
+    # Single precision would see a spread among equal rewards far below 0.
+    exact = rewards.double()
+    sizes = groups.bincount()
+    means = groups.bincount(exact) / sizes
+    centred = exact - means[groups]
+    squares = groups.bincount(centred.square())
     spread = (squares / (sizes - 1).clamp(min=1)).sqrt()[groups]
     flat = spread < _SAME
     centred = centred.masked_fill(flat, 0)
-    match scale:
-        case "group":
-            return centred / (spread + _EPS), flat
-        case "batch":
-            return centred / (rewards.std() + _EPS), flat
-        case "none":
-            return centred, flat
+    if scale != "none":
+        centred = centred / ((spread if scale == "group" else exact.std()) + _EPS)
+    return centred.to(rewards), flat
 
 
 def policy_loss(log_probs: Tensor, old: Tensor, advantage: Tensor, clip: float = 0.2) -> Tensor:
-    """Return the clipped surrogate to minimise; at equal probabilities its gradient is that of
-    the mean of -A log p.
+    """Return the clipped surrogate to minimise.
+
+    At equal probabilities its gradient is that of the mean of -A log p.
 
     Args:
         log_probs: (B,) of the plans now.

@@ -5,7 +5,8 @@ active blocks, O optional blocks, J numbers of experts.
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +42,7 @@ class BudgetEncoder(nn.Module):
 
     rates: Tensor
 
-    def __init__(  # noqa: PLR0913
+    def __init__(
         self,
         *,
         width: int = 2048,
@@ -69,19 +70,19 @@ class BudgetEncoder(nn.Module):
             nn.LayerNorm(width),
         )
 
+    def place(self, budgets: Tensor) -> Tensor:
+        """Return where budgets (B,) lie between the ends, 0 to 1."""
+        return ((budgets.float() - self.low) / (self.high - self.low)).clamp(0, 1)
+
     def sinusoid(self, budgets: Tensor) -> Tensor:
         """Return sines and cosines in turn, (B, dim), of budgets (B,) in milliseconds."""
-        place = ((budgets.float() - self.low) / (self.high - self.low)).clamp(0, 1) * self.scale
-        angles = place[:, None] * self.rates
+        angles = self.place(budgets)[:, None] * self.scale * self.rates
         return torch.stack([angles.sin(), angles.cos()], 2).flatten(1)
 
     def forward(self, budgets: Tensor) -> Tensor:
         """Map budgets (B,) in milliseconds to codes (B, D)."""
-        if self.sinusoidal:
-            found: Tensor = self.mlp(self.sinusoid(budgets))
-            return found
-        place = ((budgets.float() - self.low) / (self.high - self.low)).clamp(0, 1)
-        found = self.mlp(place[:, None])
+        seen = self.sinusoid(budgets) if self.sinusoidal else self.place(budgets)[:, None]
+        found: Tensor = self.mlp(seen)
         return found
 
 
@@ -144,3 +145,23 @@ class Controller(nn.Module):
         fused = self.fusion(torch.cat(parts, 1))
         top_k = self.top_k_head(fused).view(-1, self.blocks, self.choices)
         return Scores(self.tier_head(fused), self.count_head(fused), self.block_head(fused), top_k)
+
+
+class Policy(nn.Module):
+    """Budget encoder and controller, trained together."""
+
+    def __init__(self, budget_encoder: BudgetEncoder, controller: Controller) -> None:
+        super().__init__()
+        self.budget_encoder = budget_encoder
+        self.controller = controller
+
+    def forward(self, vision: Tensor, text: Tensor, budgets: Tensor) -> Scores:
+        """Map features (B, ...) and budgets (B,) to the logits of a plan's parts."""
+        scores: Scores = self.controller(vision, text, self.budget_encoder(budgets))
+        return scores
+
+
+def build(arguments: Mapping[str, Any]) -> Policy:
+    """Build what a sidecar describes: arguments of the budget encoder and of the controller."""
+    encoder = BudgetEncoder(**arguments["budget_encoder"])
+    return Policy(encoder, Controller(**arguments["controller"]))

@@ -4,8 +4,8 @@ Letters: L blocks.
 """
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, TypeGuard
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,8 @@ class Space:
     def __post_init__(self) -> None:
         if len(self.mixtures) != self.blocks:
             raise ValueError(f"{len(self.mixtures)} marks of experts for {self.blocks} blocks")
-        if 0 not in self.always_on or not set(self.always_on) < set(range(self.blocks)):
+        once = len(set(self.always_on)) == len(self.always_on)
+        if not once or 0 not in self.always_on or not set(self.always_on) < set(range(self.blocks)):
             raise ValueError(f"always_on = {self.always_on}: expected block 0, and not all blocks")
         if not len(self.always_on) <= self.min_active <= self.max_active <= self.blocks:
             raise ValueError(
@@ -56,8 +57,11 @@ class Space:
             )
         if any(self.mixtures) and self.default_top_k not in self.top_k_choices:
             raise ValueError(f"top_k_choices = {self.top_k_choices} without {self.default_top_k}")
-        if not self.tiers:
-            raise ValueError("no tiers")
+        if list(self.top_k_choices) != sorted(set(self.top_k_choices)):
+            raise ValueError(f"top_k_choices = {self.top_k_choices}: expected rising numbers")
+        names = [tier.name for tier in self.tiers]
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"tiers {names}: expected at least one, with different names")
 
     @property
     def optional(self) -> tuple[int, ...]:
@@ -76,19 +80,23 @@ class Space:
 
     @property
     def size(self) -> int:
-        """Number of different plans."""
-        rest, fixed = len(self.optional), len(self.always_on)
+        """Number of plans that differ in what they compute."""
         choices = len(self.top_k_choices)
-        if not any(self.mixtures):
-            return len(self.tiers) * sum(math.comb(rest, n - fixed) for n in self.counts)
-        free_fixed = sum(self.free[block] for block in self.always_on)
-        if all(self.free[block] for block in self.optional):
-            per_count = (
-                math.comb(rest, n - fixed) * choices ** (n - fixed + free_fixed)
-                for n in self.counts
-            )
-            return len(self.tiers) * sum(per_count)
-        raise NotImplementedError("plans of networks with experts in some blocks are not counted")
+        chosen = sum(self.free[block] for block in self.optional)
+        plain = len(self.optional) - chosen
+        fixed = choices ** sum(self.free[block] for block in self.always_on)
+        # Of the optional blocks that run, some have experts to choose and the others do not.
+        runs = (
+            math.comb(chosen, some) * choices**some * math.comb(plain, others)
+            for others in range(plain + 1)
+            for some in range(chosen + 1)
+            if len(self.always_on) + some + others in self.counts
+        )
+        return len(self.tiers) * fixed * sum(runs)
+
+    def plain(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
 
     @property
     def full(self) -> "Plan":
@@ -162,10 +170,18 @@ def plan_from(values: dict[str, Any], space: Space) -> Plan:
     Raises:
         ValueError: if it is no plan of the space.
     """
-    blocks = set(values["blocks"])
-    if strange := blocks - set(range(space.blocks)):
+    tier, blocks, top_k = (values.get(key) for key in ("tier", "blocks", "top_k"))
+    if not isinstance(tier, str) or not _integers(blocks) or not _integers(top_k):
+        raise ValueError(
+            "expected the keys tier, blocks and top_k: a name and two lists of numbers"
+        )
+    if strange := set(blocks) - set(range(space.blocks)):
         raise ValueError(f"block {min(strange)}: expected 0 to {space.blocks - 1}")
     active = tuple(block in blocks for block in range(space.blocks))
-    plan = Plan(values["tier"], active, tuple(values["top_k"]))
+    plan = Plan(tier, active, tuple(top_k))
     plan.check(space)
     return plan
+
+
+def _integers(values: Any) -> TypeGuard[list[int]]:
+    return isinstance(values, list) and all(type(value) is int for value in values)

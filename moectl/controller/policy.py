@@ -4,15 +4,15 @@ Letters: B samples, T tiers, N counts of active blocks, O optional blocks, L blo
 experts.
 """
 
-from typing import Literal, NamedTuple
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from moectl.controller.model import Scores
-
-Blocks = Literal["learned", "fixed"]
-"""Who chooses the blocks: the controller, or a fixed order that is cut off after the count."""
+from moectl.controller.plans import Plan, Space
 
 
 class Choice(NamedTuple):
@@ -20,7 +20,7 @@ class Choice(NamedTuple):
 
     tier: Tensor
     """(B,) of the tiers."""
-    count: Tensor
+    active: Tensor
     """(B,) of the counts."""
     order: Tensor
     """(B, O) optional blocks in the order in which they were drawn; the first ones run."""
@@ -76,12 +76,50 @@ def order_log_prob(logits: Tensor, order: Tensor, chosen: Tensor) -> Tensor:
     return ((sorted_logits - left) * counted).sum(1)
 
 
+def plans(choice: Choice, space: Space, fixed: Sequence[int] = ()) -> list[Plan]:
+    """Return the plans that choices mean, B of them.
+
+    Args:
+        choice: indices.
+        space: what they point into.
+        fixed: optional blocks in the order in which they are taken, if not the controller chooses
+            them.
+    """
+    found = []
+    optional = space.optional
+    for tier, count, order, top_k in zip(*(part.tolist() for part in choice), strict=True):
+        wanted = space.counts[count] - len(space.always_on)
+        taken = fixed[:wanted] if fixed else [optional[place] for place in order[:wanted]]
+        runs = {*space.always_on, *taken}
+        experts = tuple(
+            space.top_k_choices[chosen] if free else space.default_top_k * mixture
+            for chosen, free, mixture in zip(top_k, space.free, space.mixtures, strict=True)
+        )
+        active = tuple(block in runs for block in range(space.blocks))
+        found.append(Plan(space.tiers[tier].name, active, experts))
+    return found
+
+
+def chosen_parts(plans: Sequence[Plan], space: Space) -> tuple[Tensor, Tensor]:
+    """Return what of plans was a choice, for `log_prob`.
+
+    Returns:
+        (B,) optional blocks that run, and (B, L) whether a block runs with experts of its choice.
+    """
+    counts = [len(plan.blocks) - len(space.always_on) for plan in plans]
+    free = [
+        [runs and own for runs, own in zip(plan.active, space.free, strict=True)] for plan in plans
+    ]
+    return torch.tensor(counts), torch.tensor(free)
+
+
 def log_prob(
     scores: Scores,
     choice: Choice,
     chosen: Tensor,
     free: Tensor,
-    blocks: Blocks = "learned",
+    *,
+    learned: bool = True,
 ) -> Tensor:
     """Return the log-probability of plans, (B,), differentiable in the scores.
 
@@ -91,25 +129,40 @@ def log_prob(
         chosen: (B,) optional blocks that run.
         free: (B, L) whether a block runs and its number of experts was chosen: what was drawn for
             the others changes nothing and counts nothing.
-        blocks: whether the controller chose them.
+        learned: whether the controller chose the blocks.
     """
     tier = scores.tier.log_softmax(1).gather(1, choice.tier[:, None])[:, 0]
-    count = scores.count.log_softmax(1).gather(1, choice.count[:, None])[:, 0]
+    count = scores.count.log_softmax(1).gather(1, choice.active[:, None])[:, 0]
     top_k = scores.top_k.log_softmax(2).gather(2, choice.top_k[:, :, None])[:, :, 0]
-    total = tier + count + (top_k * free).sum(1)
-    if blocks == "learned":
-        total = total + order_log_prob(scores.blocks, choice.order, chosen)
-    return total
+    if not learned:
+        # All of them is certain: no gradient, but the head has its part in it, as processes that
+        # average gradients expect of every weight.
+        chosen = torch.full_like(chosen, scores.blocks.shape[1])
+    blocks = order_log_prob(scores.blocks, choice.order, chosen)
+    return tier + count + (top_k * free).sum(1) + blocks
 
 
-def entropies(scores: Scores) -> dict[str, Tensor]:
-    """Return the mean entropy of each head over its largest possible value; scalars in 0 to 1."""
+def entropies(scores: Scores, space: Space, *, learned: bool = True) -> dict[str, Tensor]:
+    """Return the mean entropy of each head over its largest possible value; scalars in 0 to 1.
+
+    Heads and blocks without a choice are left out: they would never look collapsed, or always.
+
+    Args:
+        scores: of the controller.
+        space: of the plans.
+        learned: whether the controller chooses the blocks.
+    """
 
     def share(logits: Tensor) -> Tensor:
-        sizes = logits.shape[-1]
-        if sizes == 1:
-            return logits.sum() * 0
         logs = logits.log_softmax(-1)
-        return -(logs.exp() * logs).sum(-1).mean() / torch.log(torch.tensor(float(sizes)))
+        return -(logs.exp() * logs).sum(-1).mean() / math.log(logits.shape[-1])
 
-    return {name: share(logits) for name, logits in scores._asdict().items()}
+    heads = scores._asdict()
+    heads["top_k"] = scores.top_k[:, list(space.free)]
+    if not learned:
+        del heads["blocks"]
+    return {
+        name: share(logits)
+        for name, logits in heads.items()
+        if logits.shape[-1] > 1 and logits.numel()
+    }

@@ -110,9 +110,9 @@ class Loop:
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         if train.compile:
             self.module.compile()
-        self.update = self.epoch = self.batch = 0
+        self.update = self.epoch = self.batch = self.stale_epochs = 0
         self.best: dict[str, Any] = {}
-        self.stale_epochs = 0
+        self.grad_norm: Tensor | float = 0.0  # of the newest gradient, before it is clipped
         self.extra: dict[str, float | None] = {}
         self.epoch_means, self.window = Means(), Means()
         self._tracked: dict[str, Any] = {}
@@ -217,9 +217,9 @@ class Loop:
             means.add(("loss", *parts), stacked, share)
         if chunk.ends_update:
             if limit := self.run.settings.optim.clip_norm:
-                norm = self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
+                self.grad_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
                 if self.accelerator.scaler is None:  # a scaler skips overflows by itself
-                    self._watch(norm)
+                    self._watch(self.grad_norm)
             self.optimizer.step()
             self.optimizer.zero_grad()
 

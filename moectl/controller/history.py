@@ -1,0 +1,115 @@
+"""What a training leaves behind: histories as CSV, every execution as a line of JSON."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moectl.controller.execution import Execution, execution_from
+from moectl.engine.files import csv_text, write_text
+from moectl.engine.tracking import MetricsFile
+
+EXECUTIONS = "executions.jsonl"
+TRAINING, VALIDATION = "training_history.csv", "validation_history.csv"
+COLUMNS = ("reward", "accuracy", "latency", "budget", "flat", "first")
+"""Of a tally: `flat` marks plans of groups whose rewards are all the same, `first` the first of
+equal plans in its group."""
+
+
+class Tally:
+    """Numbers of all executions since the epoch began, on every process those of all.
+
+    Letters: P executions, U updates.
+    """
+
+    def __init__(self) -> None:
+        self.rows: list[list[float]] = []
+        """P times `COLUMNS`."""
+        self.norms: list[float] = []
+        """U norms of the gradient, before it is clipped."""
+
+    def add(self, lines: Sequence[Mapping[str, Any]], norm: float) -> None:
+        """Count the executions of an update, and its gradient."""
+        self.rows.extend([float(line[name]) for name in COLUMNS] for line in lines)
+        self.norms.append(norm)
+
+    def summary(self, group: int) -> dict[str, float]:
+        """Return the columns of a row of the training history; deviations are over executions."""
+        table = torch.tensor(self.rows, dtype=torch.float64)
+        reward, accuracy, latency, budget, flat, first = table.T
+        found = {
+            "reward_mean": reward.mean(), "reward_std": _deviation(reward),
+            "accuracy_mean": accuracy.mean(), "accuracy_std": _deviation(accuracy),
+            "latency_mean": latency.mean(), "latency_std": _deviation(latency),
+            "budget_violation_rate": (latency > budget).double().mean(),
+            "reward_min": reward.min(), "reward_max": reward.max(),
+            "num_groups": torch.tensor(len(table) / group),
+            "num_valid_groups": (1 - flat).sum() / group,
+            "num_configs": first.sum(),
+            "frac_zero_std": flat.mean(),
+        }  # fmt: skip
+        norm = sum(self.norms) / max(1, len(self.norms))
+        return {**{name: float(value) for name, value in found.items()}, "grad_norm": norm}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return plain values."""
+        return {"rows": self.rows, "norms": self.norms}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict`."""
+        self.rows, self.norms = list(state["rows"]), list(state["norms"])
+
+    def clear(self) -> None:
+        """Begin an epoch."""
+        self.rows, self.norms = [], []
+
+
+def _deviation(values: Tensor) -> Tensor:
+    return values.std() if len(values) > 1 else values.new_zeros(())
+
+
+def append(path: Path, row: Mapping[str, Any]) -> None:
+    """Add the row of an epoch to a CSV file, in place of those of the same and later epochs."""
+    kept = [old for old in MetricsFile(path).rows() if int(old["epoch"]) < row["epoch"]]
+    write_text(path, csv_text([*kept, row]))
+
+
+class Executions:
+    """The file of all executions, one a line.
+
+    Args:
+        path: the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def add(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Append lines."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(line, allow_nan=False) + "\n" for line in lines)
+
+    def keep_until(self, update: int) -> None:
+        """Drop what was done after an update, as that will be done again."""
+        if self.path.exists():
+            kept = [line for line in self.lines() if line["update"] <= update]
+            write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+
+    def lines(self) -> list[dict[str, Any]]:
+        """Return the lines so far; a torn last one is left out."""
+        if not self.path.exists():
+            return []
+        text = self.path.read_text(encoding="utf-8")
+        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+    def known(self) -> dict[tuple[str, str], Execution]:
+        """Return what was answered: by id of the question and key of the plan, the first time."""
+        found: dict[tuple[str, str], Execution] = {}
+        for line in self.lines():
+            found.setdefault(
+                (line["sample_id"], line["plan_key"]), execution_from(line["execution"])
+            )
+        return found

@@ -1,0 +1,282 @@
+"""Everything that a policy is trained or measured in: questions, network, tables, prices."""
+
+import logging
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from moectl.controller.environment import Environment, Remembered
+from moectl.controller.importance import MOLMOE, order_of, read_importance
+from moectl.controller.latency import Estimator, read_estimator
+from moectl.controller.plans import Space
+from moectl.controller.rewards import Pricing
+from moectl.controller.table import Table, read_table
+from moectl.engine.errors import UserError
+from moectl.engine.files import is_folder, read_json
+
+log = logging.getLogger(__name__)
+
+SIMULATED = "sim"
+_FULL_SAMPLES = 16  # questions that the full plan's latency is the median of
+
+
+class Tables(NamedTuple):
+    """What a profile left: parts that were not made are None."""
+
+    folder: Path | None = None
+    lut: Table | None = None
+    estimator: Estimator | None = None
+    importance: Path | None = None
+    controller_ms: float | None = None
+
+
+@dataclass(frozen=True)
+class World:
+    """Where a policy acts."""
+
+    splits: dict[str, Remembered]
+    """Questions by split; all answered by the same network."""
+    pricing: Pricing
+    budgets: tuple[float, float]
+    """Smallest and largest."""
+    order: tuple[int, ...]
+    """All blocks, the most important first."""
+    learned: bool
+    """Whether the policy chooses the blocks."""
+    tables: Tables
+    facts: dict[str, Any]
+    """Plain values that tell what all this was."""
+
+    @property
+    def space(self) -> Space:
+        """The plans of the network."""
+        return self.pricing.space
+
+    @property
+    def fixed(self) -> tuple[int, ...]:
+        """Optional blocks in the order in which they are taken; empty if the policy chooses."""
+        if self.learned:
+            return ()
+        optional = self.space.optional
+        return tuple(block for block in self.order if block in optional)
+
+
+def open_environments(
+    settings: Any, device: torch.device, splits: Sequence[str]
+) -> tuple[dict[str, Environment], dict[str, Any]]:
+    """Return the questions of some splits with what answers them, and what that is.
+
+    Raises:
+        UserError: if the network or a data set cannot be opened.
+    """
+    if settings.backbone.model == SIMULATED:
+        from moectl.controller.simulator import Simulator
+
+        counts = {name: getattr(settings.data, f"{name}_samples") for name in splits}
+        seed = settings.train.seed
+        found: dict[str, Environment] = {
+            name: Simulator(count, seed, name) for name, count in counts.items()
+        }
+        return found, {"model": SIMULATED, "questions": counts}
+    return _open_real(settings, device, splits)
+
+
+def _open_real(
+    settings: Any, device: torch.device, splits: Sequence[str]
+) -> tuple[dict[str, Environment], dict[str, Any]]:
+    from moectl.controller.data import load, load_test
+    from moectl.controller.executor import Executor
+    from moectl.controller.open import open_backbone
+    from moectl.controller.timing import Clock
+
+    model = find_model(settings.backbone.model)
+    seed = settings.train.seed
+    samples, facts = {}, {}
+    if set(splits) & {"train", "val"}:
+        data = load(settings.data, seed)
+        samples, facts = {"train": data.train, "val": data.val}, data.facts
+    if "test" in splits:
+        samples["test"] = load_test(settings.data, seed)
+    backbone = open_backbone(
+        model,
+        device=device,
+        dtype=settings.backbone.dtype,
+        experts=settings.backbone.experts,
+    )
+    try:
+        clock = Clock(device, settings.latency.clock)
+    except ValueError as error:
+        raise UserError(f"latency.clock = {settings.latency.clock}: {error}") from None
+    options = {
+        "max_new_tokens": settings.backbone.max_new_tokens,
+        "repeats": settings.latency.repeats,
+    }
+    executors = {name: Executor(backbone, samples[name], clock, **options) for name in splits}
+    if settings.latency.source == "measured":
+        next(iter(executors.values())).warm_up(settings.latency.warmup)
+    questions = {name: len(samples[name]) for name in splits}
+    return dict(executors), {"model": model, "questions": questions, "data": facts}
+
+
+def find_model(name: str) -> str:
+    """Return the folder of the newest run of toy for `latest`, else the name as it is."""
+    if name != "latest":
+        return name
+    from moectl.engine.references import find_run
+
+    return str(find_run("latest", "controller", "finished", ["toy"]))
+
+
+def read_tables(reference: str, section: Any) -> Tables:
+    """Read what a profile left.
+
+    Args:
+        reference: a run of profile, or a folder with such files; nothing for no tables.
+        section: the table `latency`, whose objective and unit the lookup table must have.
+
+    Raises:
+        UserError: if there is neither, or a file is not as it should be.
+    """
+    if not reference:
+        return Tables()
+    folder = Path(reference)
+    if not is_folder(folder):
+        from moectl.engine.references import find_run
+
+        folder = find_run(reference, "controller", "finished", ["profile"])
+    lut, fitted, scores, overhead = (
+        folder / name for name in ("lut.json", "latency.json", "importance.json", "overhead.json")
+    )
+    if not any(path.is_file() for path in (lut, fitted, scores)):
+        raise UserError(
+            f"{folder}: holds no tables (lut.json, latency.json or importance.json)",
+            "moectl controller profile makes them",
+        )
+    return Tables(
+        folder,
+        _table(lut, section) if lut.is_file() else None,
+        read_estimator(fitted) if fitted.is_file() else None,
+        scores if scores.is_file() else None,
+        float(read_json(overhead)["controller_ms"]) if overhead.is_file() else None,
+    )
+
+
+def _table(path: Path, section: Any) -> Table:
+    table = read_table(path)
+    table.require(section.objective, section.source)
+    return table
+
+
+def importance_of(
+    settings: Any, space: Space, tables: Tables, model: str
+) -> tuple[dict[int, float], tuple[int, ...]]:
+    """Return scores of the blocks, none if there are none, and all blocks, those to keep first.
+
+    The scores are those of the settings, of the tables, or of MolmoE for that network. Without any
+    the first blocks come first.
+
+    Raises:
+        UserError: if blocks are to be chosen by scores that are not there.
+    """
+    path = settings.policy.importance or tables.importance
+    scores: dict[int, float] = {}
+    if settings.policy.blocks == "prefix":
+        return scores, tuple(range(space.blocks))
+    if path is not None:
+        scores = read_importance(path, space.blocks)
+    elif "molmo" in model.lower() or model == SIMULATED:
+        scores = dict(MOLMOE) if space.blocks == len(MOLMOE) else {}
+    if not scores and settings.policy.blocks == "importance":
+        raise UserError(
+            "policy.blocks = importance: there are no scores",
+            "--importance FILE, or --tables of moectl controller profile --what importance",
+        )
+    if not scores:
+        return scores, tuple(range(space.blocks))
+    return scores, tuple(order_of(scores, space.always_on))
+
+
+def open_world(
+    settings: Any,
+    device: torch.device,
+    splits: Sequence[str],
+    known: dict[str, Any] | None = None,
+) -> World:
+    """Open all that a policy acts on.
+
+    Args:
+        settings: of the run.
+        device: that the network answers on.
+        splits: among train, val and test.
+        known: `facts` of the same world when it was first opened, which then hold.
+
+    Raises:
+        UserError: if something is missing.
+    """
+    known = known or {}
+    if known and settings.backbone.model == "latest":
+        backbone = settings.backbone.model_copy(update={"model": known["model"]})
+        settings = settings.model_copy(update={"backbone": backbone})
+    tables = read_tables(known.get("tables", settings.latency.tables), settings.latency)
+    if settings.latency.source == "table" and tables.estimator is None:
+        raise UserError(
+            "latency.source = table: there is no fitted latency",
+            "--tables of a run of moectl controller profile --what latency",
+        )
+    inner, facts = open_environments(settings, device, splits)
+    environments = {name: Remembered(environment) for name, environment in inner.items()}
+    space = next(iter(environments.values())).space
+    model = str(facts["model"])
+    scores, order = importance_of(settings, space, tables, model)
+    controller_ms = known.get("controller_ms", tables.controller_ms or 0.0)
+    if settings.latency.source == "flops":
+        controller_ms = 0.0
+    pricing = Pricing(settings, space, tables.estimator, controller_ms)
+    budgets = known.get("budgets") or budget_range(
+        settings.budget, pricing, environments[splits[-1]], tables.lut
+    )
+    facts = {
+        **facts,
+        "tables": str(tables.folder) if tables.folder else "",
+        "controller_ms": controller_ms,
+        "budgets": list(budgets),
+        "unit": pricing.unit,
+        "importance": {str(block): score for block, score in scores.items()},
+        "order": list(order),
+        "plans": space.size,
+    }
+    learned = settings.policy.blocks in ("auto", "learned")
+    low, high = budgets
+    return World(environments, pricing, (low, high), order, learned, tables, facts)
+
+
+def budget_range(
+    section: Any, pricing: Pricing, environment: Environment, lut: Table | None
+) -> tuple[float, float]:
+    """Return the smallest and the largest budget.
+
+    Raises:
+        UserError: if they are to come from a lookup table that is not there.
+    """
+    if section.mode == "absolute":
+        return section.low, section.high
+    if section.mode == "auto":
+        if lut is None:
+            raise UserError(
+                "budget.mode = auto: there is no lookup table",
+                "--tables of a run of moectl controller profile --what grid",
+            )
+        return lut.budget_range()
+    full = full_latency(pricing, environment)
+    return section.low * full, section.high * full
+
+
+def full_latency(pricing: Pricing, environment: Environment) -> float:
+    """Return the median latency of the full plan over some questions."""
+    plan = environment.space.full
+    rows = range(min(_FULL_SAMPLES, len(environment.ids)))
+    return statistics.median(pricing.latency(plan, environment.execute(row, plan)) for row in rows)

@@ -1,0 +1,205 @@
+"""A small network that answers at random but not with one word, and a picture to ask about."""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
+    from moectl.controller.backbone import Inputs
+    from moectl.controller.llava import LlavaNext
+    from moectl.controller.native import Native
+    from moectl.controller.qwen_vl import QwenVl
+    from moectl.controller.smolvlm import SmolVlm
+
+
+@pytest.fixture(scope="session")
+def enliven() -> Callable[[Any], Any]:
+    """Scale the matrices of a random network up, so that it does not repeat one word for ever."""
+
+    def enlivened(model: Any) -> Any:
+        with torch.no_grad():
+            for weight in model.parameters():
+                if weight.ndim > 1:
+                    weight.mul_(4)
+            model.get_input_embeddings().weight.mul_(12)
+        return model
+
+    return enlivened
+
+
+@pytest.fixture(scope="session")
+def picture() -> "Image":
+    """Noise, wider than high."""
+    from PIL import Image
+
+    noise = np.random.default_rng(0).integers(0, 256, (150, 260, 3), dtype=np.uint8)
+    return Image.fromarray(noise)
+
+
+@pytest.fixture(scope="session")
+def nano(enliven: Callable[[Any], Any]) -> "LlavaNext":
+    """A small LLaVA-NeXT with OLMoE; tests leave it as it is."""
+    from moectl.controller import tiny
+    from moectl.controller.llava import LlavaNext
+
+    model, processor = tiny.build("nano")
+    return LlavaNext(enliven(model), processor, name="nano", instruct=False)
+
+
+@pytest.fixture(scope="session")
+def own_answer() -> Callable[..., tuple[int, ...]]:
+    """Answer as transformers does by itself, from the pixels on."""
+
+    def answer(backbone: "Native", inputs: "Inputs", new_tokens: int) -> tuple[int, ...]:
+        given = {name: value for name, value in inputs.tensors.items() if name != "position_ids"}
+        ids = backbone.model.generate(
+            **given,
+            do_sample=False,
+            max_new_tokens=new_tokens,
+            eos_token_id=sorted(backbone.end_tokens),
+            pad_token_id=0,
+        )
+        return tuple(ids[0, inputs.tokens :].tolist())
+
+    return answer
+
+
+@pytest.fixture(scope="session")
+def uncached_logits() -> "Callable[..., Tensor]":
+    """The logits behind the last of some tokens of an answer, all computed anew."""
+
+    @torch.no_grad()
+    def logits(backbone: "Native", inputs: "Inputs", tokens: Sequence[int]) -> "Tensor":
+        ids, positions = inputs.tensors["input_ids"], inputs.tensors["position_ids"]
+        steps = torch.arange(1, 1 + len(tokens)) + positions.max()
+        later = steps.expand(*positions.shape[:-1], -1)
+        return backbone.model(
+            input_ids=torch.cat([ids, torch.tensor([tokens], dtype=torch.long)], 1),
+            position_ids=torch.cat([positions, later], -1),
+            mm_encoder_outputs={"image": backbone.encode(inputs)},
+            use_cache=False,
+        ).logits[0, -1]
+
+    return logits
+
+
+def _tokenizer(*marks: str) -> Any:
+    from moectl.controller import tiny
+
+    tokenizer = tiny.build("nano")[1].tokenizer
+    tokenizer.add_special_tokens({"additional_special_tokens": list(marks)})
+    return tokenizer
+
+
+_TEXT = {
+    "hidden_size": 64,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+_CONTENT = (
+    "{% for part in messages[0]['content'] %}"
+    "{% if part['type'] == 'image' %}MARK{% else %}{{ part['text'] }}{% endif %}{% endfor %}\nA:"
+)
+
+
+@pytest.fixture(scope="session")
+def qwen(enliven: Callable[[Any], Any]) -> "QwenVl":
+    """A small Qwen3-VL with experts, 4 of whose tokens count as a crop."""
+    from transformers import (
+        Qwen3VLMoeConfig,
+        Qwen3VLMoeForConditionalGeneration,
+        Qwen3VLProcessor,
+        Qwen3VLVideoProcessor,
+    )
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    from moectl.controller.qwen_vl import QwenVl
+
+    marks = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
+    tokenizer = _tokenizer(*marks)
+    tokenizer.image_token = marks[0]
+    processor = Qwen3VLProcessor(
+        Qwen2VLImageProcessorPil(patch_size=4),
+        tokenizer,
+        Qwen3VLVideoProcessor(patch_size=4),
+        chat_template=_CONTENT.replace("MARK", f"{marks[2]}{marks[0]}{marks[3]}"),
+    )
+    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    experts = {"num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 32}
+    turns = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}
+    config = Qwen3VLMoeConfig(
+        text_config={**_TEXT, **experts, "vocab_size": len(tokenizer), "rope_parameters": turns},
+        vision_config={
+            "depth": 3,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_heads": 2,
+            "patch_size": 4,
+            "out_hidden_size": 64,
+            "num_position_embeddings": 64,
+            "deepstack_visual_indexes": [0, 1],
+        },
+        **dict(zip(names, tokenizer.convert_tokens_to_ids(list(marks)), strict=True)),
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = enliven(Qwen3VLMoeForConditionalGeneration(config))
+    return QwenVl(model, processor, name="qwen", instruct=False, crop_tokens=4)
+
+
+@pytest.fixture(scope="session")
+def idefics(enliven: Callable[[Any], Any]) -> "SmolVlm":
+    """A small Idefics3, made for images of four crops along an edge."""
+    return _of_family("Idefics3", enliven)
+
+
+@pytest.fixture(scope="session")
+def smol(enliven: Callable[[Any], Any]) -> "SmolVlm":
+    """A small SmolVLM, likewise."""
+    return _of_family("SmolVLM", enliven)
+
+
+def _of_family(family: str, enliven: Callable[[Any], Any]) -> "SmolVlm":
+    import transformers
+    from transformers import Idefics3Processor
+    from transformers.models.idefics3.image_processing_pil_idefics3 import (
+        Idefics3ImageProcessorPil,
+    )
+
+    from moectl.controller.smolvlm import SmolVlm
+
+    places = [f"<row_{row + 1}_col_{column + 1}>" for row in range(4) for column in range(4)]
+    tokenizer = _tokenizer("<fake_token_around_image>", "<global-img>", *places)
+    processor = Idefics3Processor(
+        Idefics3ImageProcessorPil(size={"longest_edge": 128}, max_image_size={"longest_edge": 32}),
+        tokenizer,
+        image_seq_len=4,
+        chat_template=_CONTENT.replace("MARK", "<image>"),
+    )
+    config = getattr(transformers, f"{family}Config")(
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        scale_factor=4,
+        text_config={**_TEXT, "model_type": "llama", "vocab_size": len(tokenizer)},
+        vision_config={
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": 32,
+            "patch_size": 4,
+        },
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = enliven(getattr(transformers, f"{family}ForConditionalGeneration")(config))
+    return SmolVlm(model, processor, name=family, instruct=False)
