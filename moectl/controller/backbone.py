@@ -4,13 +4,13 @@ Letters: D width of a feature, V vocabulary.
 """
 
 import abc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moectl.controller.execution import Timings
 from moectl.controller.plans import Plan, Space
@@ -77,6 +77,8 @@ class Backbone(abc.ABC):
     text_dim: int
     """D of the question's feature."""
     device: torch.device
+    layers: Sequence[nn.Module]
+    """(L,) blocks of the text network."""
     end_tokens: frozenset[int]
     """Ids that end an answer."""
 

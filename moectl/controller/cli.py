@@ -1,6 +1,9 @@
 """The commands of controller."""
 
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
 
 from moectl.controller.settings import ControllerSettings
 from moectl.engine import console
@@ -44,3 +47,81 @@ def grpo(request: Request) -> None:
     with open_run(request) as run:
         train(run.settings, run)
     console.result({**run.record, "folder": str(run.folder)}, str(run.folder))
+
+
+@command(
+    ControllerSettings,
+    (*_ASKED, "eval"),
+    train=False,
+    reads=("grpo",),
+    alias="--checkpoint",
+    without=("data.train_samples", "data.val_samples"),  # they decide which images are left to test
+)
+def eval_(request: Request) -> None:
+    """Measure a controller beside fixed plans, chance and the lookup table."""
+    from moectl.controller.eval import run_eval
+
+    console.result(*run_eval(request))
+
+
+@command(
+    ControllerSettings,
+    ("backbone", "latency"),
+    train=False,
+    reads=("grpo",),
+    standalone=("plan",),
+    alias="--checkpoint",
+)
+def infer(  # noqa: PLR0913 - the options of a command
+    request: Request,
+    image: Annotated[Path | None, typer.Option("--image", help="The image.")] = None,
+    prompt: Annotated[str, typer.Option("--prompt", help="The question.")] = "",
+    budget: Annotated[
+        float | None, typer.Option("--budget", min=0.001, help="Latency allowed, in ms.")
+    ] = None,
+    questions: Annotated[
+        Path | None,
+        typer.Option("--questions", help="JSON lines with image, question, budget instead."),
+    ] = None,
+    policy: Annotated[
+        str, typer.Option("--policy", help="controller, or lut: the lookup table.")
+    ] = "controller",
+    plan: Annotated[
+        Path | None, typer.Option("--plan", help="A JSON file with the plan to run instead.")
+    ] = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Answer by the full plan as well.")
+    ] = False,
+    guard: Annotated[
+        bool, typer.Option("--guard", help="Make plans cheaper that may miss the budget.")
+    ] = False,
+    target_violation: Annotated[
+        float,
+        typer.Option("--target-violation", min=0.001, max=0.5, help="Budgets the guard may miss."),
+    ] = 0.05,
+) -> None:
+    """Answer a question within a budget."""
+    from moectl.controller.infer import asked, run_infer, shown
+
+    found = run_infer(
+        request,
+        asked(image, prompt, budget, questions),
+        str(plan) if plan else policy,
+        target_violation if guard else 0.0,
+        compare=compare,
+    )
+    document = found[0] if questions is None else {"answers": found}
+    console.result(document, "\n".join(shown(one) for one in found))
+
+
+@command(ControllerSettings, (), train=None)
+def convert(
+    request: Request,  # noqa: ARG001 - it needs no setting
+    source: Annotated[Path, typer.Argument(help="Folder of the checkpoint, with safetensors.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write; new, or empty.")],
+) -> None:
+    """Bring a checkpoint of MolmoE into a folder of safetensors."""
+    from moectl.controller.molmoe_convert import convert as run_convert
+
+    document = run_convert(source, out)
+    console.result(document, str(out))

@@ -124,6 +124,7 @@ def open_trained(request: Request) -> Opened:
     known = dict(record["world"])
     if request.origin.get("latency.tables", "default") not in _UNSET:
         known["tables"] = settings.latency.tables
+        del known["controller_ms"]  # other tables, another overhead
     world = open_world(settings, accelerator.device, (SPLIT,), known)
     _check(path, facts, world, record["world"])
     trained = replace(world, order=tuple(known["order"]))  # tables may be others than in training
@@ -247,6 +248,7 @@ def evaluate(
         "trained_for": list(world.budgets),
         "full_latency": full,
         "choice_ms": _choice_ms(opened, budgets[0]),
+        "controller_ms": world.pricing.controller_ms,
         "policies": list(policies),
         "budgets": list(budgets),
         "top_k_choices": list(world.space.top_k_choices),

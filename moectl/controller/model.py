@@ -17,7 +17,7 @@ class Scores(NamedTuple):
 
     tier: Tensor
     """(B, T)."""
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # tuples have a method of that name
     """(B, N) of the numbers of active blocks."""
     blocks: Tensor
     """(B, O) of the blocks that may be skipped."""

@@ -51,12 +51,13 @@ class Molmoe(Backbone):
         self.vision_dim, self.text_dim = config.feature, config.hidden
         self.device = model.head.weight.device
         self.end_tokens = frozenset({_end(tokenizer, name)})
+        self.layers = list(model.text.layers)
         self._marks = _marks(tokenizer, config, name)
         self._blocks = [
             flops.Block(
                 flops.linear(layer), flops.expert(layer, config.experts), flops.pair(config.hidden)
             )
-            for layer in model.text.layers
+            for layer in self.layers
         ]
 
     def prepare(self, image: "Image", question: str, style: str, tier: str) -> Inputs:
@@ -109,7 +110,7 @@ class Molmoe(Backbone):
 
     def apply(self, plan: Plan) -> AbstractContextManager[None]:
         """Run the text network by a plan inside the context; afterwards it is as it was."""
-        return applied(list(self.model.text.layers), plan, self.space)
+        return applied(self.layers, plan, self.space)
 
     @torch.no_grad()
     def prefill(self, inputs: Inputs, vision: Tensor) -> tuple[Tensor, Any]:

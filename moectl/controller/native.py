@@ -70,7 +70,7 @@ class Native(Backbone):
         self.vision_dim, self.text_dim = vision_dim, text.config.hidden_size
         self.space = _space(text, tiers, fixed)
         self.end_tokens = _end_tokens(model, processor.tokenizer)
-        self._layers, self._instruct = text.layers, instruct
+        self.layers, self._instruct = text.layers, instruct
         self._choose_experts(text, experts)
         self._blocks = [_block(layer, text.config) for layer in text.layers]
         self._head = flops.linear(model.lm_head)
@@ -93,7 +93,7 @@ class Native(Backbone):
 
     def apply(self, plan: Plan) -> AbstractContextManager[None]:
         """Run the text network by a plan inside the context; afterwards it is as it was."""
-        return applied(self._layers, plan, self.space)
+        return applied(self.layers, plan, self.space)
 
     @torch.no_grad()
     def prefill(self, inputs: Inputs, vision: Any) -> tuple[Tensor, State]:

@@ -108,7 +108,7 @@ def _native(source: str, name: str, device: torch.device, dtype: str, experts: s
     except Exception as error:  # likewise
         raise UserError(f"{name}: cannot be opened ({_line(error)})") from None
     if missing := sorted(report["missing_keys"]):
-        raise UserError(f"{name}: {len(missing)} weights are missing, {missing[0]} among them")
+        raise UserError(f"{name}: {len(missing)} of its weights are missing, such as {missing[0]}")
     return _adapter(kind, model, processor, name, experts)
 
 

@@ -101,17 +101,15 @@ def run_profile(run: Run[Any]) -> dict[str, Any]:
     run.note(world=profiler.facts)
     wanted = settings.profile.what
     document: dict[str, Any] = {"folder": str(run.folder), **profiler.facts}
-    controller_ms = 0.0
     if "overhead" in wanted:
         document["overhead"] = overhead(profiler.inner, settings)
-        controller_ms = document["overhead"]["controller_ms"]
         write_json(run.folder / "overhead.json", document["overhead"])
     order = _importance(profiler, document) if "importance" in wanted else _known_order(profiler)
     estimator = None
     if "latency" in wanted:
         estimator = _latency(profiler, document)
     if "grid" in wanted:
-        _grid(profiler, order, estimator, controller_ms, document)
+        _grid(profiler, order, estimator, document)
     write_json(run.folder / "profile.json", document)
     report(run.folder)
     return document
@@ -208,18 +206,20 @@ def _latency(profiler: Profiler, document: dict[str, Any]) -> Estimator:
 
 def random_plans(space: Space, count: int, seed: int) -> list[Plan]:
     """Return plans with every part drawn evenly: tier, number of blocks, blocks, experts."""
-    sizes = (len(space.tiers), len(space.counts), len(space.optional))
-    even = [torch.zeros(count, size) for size in sizes]
-    experts = torch.zeros(count, space.blocks, max(1, len(space.top_k_choices)))
+    even = Scores(
+        torch.zeros(count, len(space.tiers)),
+        torch.zeros(count, len(space.counts)),
+        torch.zeros(count, len(space.optional)),
+        torch.zeros(count, space.blocks, max(1, len(space.top_k_choices))),
+    )
     generator = torch.Generator().manual_seed(key(seed, "random plans"))
-    return plans(draw(Scores(*even, experts), generator), space)
+    return plans(draw(even, generator), space)
 
 
 def _grid(
     profiler: Profiler,
     order: Sequence[int],
     estimator: Estimator | None,
-    controller_ms: float,
     document: dict[str, Any],
 ) -> None:
     """Answer all questions by every plan of the grid, and write records and lookup table."""
@@ -239,14 +239,14 @@ def _grid(
             if latency.source == "table" and estimator is not None:
                 tokens = execution.vision_tokens + execution.text_tokens
                 times = estimator.timings(grid[place], execution.crops, tokens, times.new_tokens)
-            times = replace(times, controller=controller_ms)
             found.append(
                 record(profiler.inner.ids[row], grid[place], replace(execution, timings=times))
             )
     lines = "".join(f"{json.dumps(values, allow_nan=False)}\n" for values in found)
     write_text(profiler.run.folder / "grid.jsonl", lines)
     table = build(found, latency.objective, "mean", latency.source)
-    table.metadata.update(model=profiler.facts["model"], order=list(order))
+    typical = statistics.fmean(values["output_tokens"] for values in found)
+    table.metadata.update(model=profiler.facts["model"], order=list(order), new_tokens=typical)
     write_json(profiler.run.folder / "lut.json", table.plain())
     document["grid"] = {
         "plans": len(grid), "questions": len(profiler.rows), "budgets": list(table.budget_range()),

@@ -165,6 +165,15 @@ class LatencySection(Section):
     tables: Annotated[str, Flag("--tables")] = ""
     """Run of profile, or its folder: lookup table, fitted latency, importance of the blocks."""
 
+    @model_validator(mode="after")
+    def _work_is_of_the_whole_answer(self) -> "LatencySection":
+        if self.source == "flops" and self.objective != "total":
+            raise ValueError(
+                f"latency.source = flops counts whole answers: latency.objective ="
+                f" {self.objective} must be total"
+            )
+        return self
+
 
 class GrpoSection(Section):
     """Group-relative policy optimisation."""

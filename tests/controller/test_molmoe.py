@@ -133,7 +133,7 @@ def test_marks_in_a_question_stay_text(network):
 
 def test_a_view_that_was_looked_at_is_not_encoded_again(network, monkeypatch):
     image = picture()
-    inputs, view = network.prepare(image, QUESTION, "vqa", "low"), network.look(image)
+    inputs, view = network.prepare(image, QUESTION, "vqa", "medium"), network.look(image)
     assert view.feature.shape == (network.vision_dim,)
     alone = network.encode(inputs)
     crops = []

@@ -122,9 +122,9 @@ def test_a_folder_of_transformers_says_its_family(
 def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path: Path, nano: LlavaNext) -> None:
     folder = saved(nano, tmp_path)
     state = load_file(tmp_path / "model.safetensors")
-    del state["lm_head.weight"]
+    del state[next(name for name in state if "0.self_attn.q_norm" in name)]
     save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match="1 weights are missing, lm_head.weight"):
+    with pytest.raises(UserError, match=r"1 of its weights are missing, .*q_norm"):
         open_backbone(folder, device="cpu")
 
 
