@@ -55,7 +55,7 @@ CONTENTS: dict[str, tuple[str, dict[str, str]]] = {
             "toy": "Teach a small network to answer, so that plans have something to trade.",
             "profile": "Measure blocks, plans and latency of a network.",
             "grpo": "Train the controller on answers of a frozen network.",
-            "eval": "Measure a controller and its rivals under budgets.",
+            "eval": "Measure a controller beside fixed plans, chance and the lookup table.",
             "infer": "Answer a question within a budget.",
             "convert": "Bring a checkpoint of MolmoE into a folder of safetensors.",
         },

@@ -58,7 +58,7 @@ class TestPreset:
 
     def test_its_drops_come_before_its_end(self, path: Path) -> None:
         settings = flatten(load(path).model_dump())
-        if settings["schedule.name"] == "multistep":
+        if settings.get("schedule.name") == "multistep":
             epochs = settings["train.epochs"]
             assert settings["schedule.warmup"] <= settings["schedule.step1"] < epochs
             assert settings["schedule.step1"] < settings["schedule.step2"] < epochs

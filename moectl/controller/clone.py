@@ -84,7 +84,10 @@ def clone(  # noqa: PLR0913 - what is copied, from where, and how long
         plans = [table.plan(table.best(budget), space, order) for budget in wanted.tolist()]
         scores = policy(features.vision[rows], features.text[rows], wanted)
         choice = choice_of(plans, space, order)
-        chosen, free = chosen_parts(plans, space)
+        if scores.shared:
+            free_block = space.free.index(True) if any(space.free) else 0
+            choice = choice._replace(top_k=choice.top_k[:, free_block, None])
+        chosen, free = chosen_parts(plans, space, shared=scores.shared)
         loss = -log_prob(scores, choice, chosen, free, learned=learned).mean()
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]

@@ -31,10 +31,9 @@ class Tally:
         self.norms: list[float] = []
         """U norms of the gradient, before it is clipped."""
 
-    def add(self, lines: Sequence[Mapping[str, Any]], norm: float) -> None:
-        """Count the executions of an update, and its gradient."""
+    def add(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Count executions."""
         self.rows.extend([float(line[name]) for name in COLUMNS] for line in lines)
-        self.norms.append(norm)
 
     def summary(self, group: int) -> dict[str, float]:
         """Return the columns of a row of the training history; deviations are over executions."""
@@ -72,9 +71,17 @@ def _deviation(values: Tensor) -> Tensor:
 
 
 def append(path: Path, row: Mapping[str, Any]) -> None:
-    """Add the row of an epoch to a CSV file, in place of those of the same and later epochs."""
-    kept = [old for old in MetricsFile(path).rows() if int(old["epoch"]) < row["epoch"]]
-    write_text(path, csv_text([*kept, row]))
+    """Add the row of an epoch to a CSV file."""
+    write_text(path, csv_text([*MetricsFile(path).rows(), row]))
+
+
+def keep_until(path: Path, epoch: int) -> None:
+    """Drop the rows of a CSV file after an epoch, as those will be written again."""
+    rows = [row for row in MetricsFile(path).rows() if int(row["epoch"]) <= epoch]
+    if rows:
+        write_text(path, csv_text(rows))
+    else:
+        path.unlink(missing_ok=True)
 
 
 class Executions:

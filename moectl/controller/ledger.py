@@ -68,7 +68,9 @@ class Ledger:
             }
             seen.add((name, plan.key()))
             found.append(line)
-        self.tally.add(self._write(found), float(self.loop.grad_norm))
+        self.tally.add(self._write(found))
+        if step.ends_update:
+            self.tally.norms.append(float(self.loop.grad_norm))
 
     def end_epoch(self, step: Step) -> float:
         """Validate, write histories and weights, and return the validation reward."""
@@ -184,7 +186,7 @@ def _tags(kind: str, row: Mapping[str, float]) -> dict[str, float]:
     return {
         f"{kind}/{name.title()}": value
         for name, value in row.items()
-        if name not in ("epoch", "lr", "seconds", "loss")
+        if name not in ("epoch", "lr", "seconds")
     }
 
 

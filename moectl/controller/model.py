@@ -22,7 +22,13 @@ class Scores(NamedTuple):
     blocks: Tensor
     """(B, O) of the blocks that may be skipped."""
     top_k: Tensor
-    """(B, L, J); rows of blocks without a choice are not used."""
+    """(B, L, J), or (B, 1, J) if all blocks share a number; rows of blocks without a choice are not
+    used."""
+
+    @property
+    def shared(self) -> bool:
+        """Whether all blocks share a number of experts."""
+        return self.top_k.shape[1] == 1
 
 
 class BudgetEncoder(nn.Module):
@@ -102,7 +108,7 @@ class Controller(nn.Module):
         tiers: T.
         counts: N.
         optional: O.
-        blocks: L.
+        blocks: L, or 1 if all blocks share a number of experts.
         choices: J; 1 where there are no experts.
         hidden: H.
         dropout: in training.

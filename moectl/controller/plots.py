@@ -252,7 +252,10 @@ def stages(path: Path, results: Results, unit: str, title: str, *, line: bool) -
     places = sorted({0, count // 2, count - 1})[:_SHOWN]
     figure = drawing.new_figure(2.2 + 3.2 * len(places), 1.6 + 0.34 * len(policies))
     figure.suptitle(f"Time of an answer: {title}", fontsize=12, color=INK, parse_math=False)
-    longest = max(sum(one["metrics"]["stages_ms"].values()) for one in results)
+    longest = max(
+        *(sum(one["metrics"]["stages_ms"].values()) for one in results),
+        results[-1]["latency_budget"] if line else 0,
+    )
     names, bars = [*_STAGES, *(["budget"] if line else [])], []
     for number, place in enumerate(places, 1):
         shown = {name: part[place] for name, part in policies.items()}
@@ -265,7 +268,7 @@ def stages(path: Path, results: Results, unit: str, title: str, *, line: bool) -
         axes.grid(visible=False, axis="y")
         drawing.name_axis(axes, "y", list(shown) if number == 1 else [""] * len(shown))
         axes.invert_yaxis()
-        axes.set_xlim(0, 1.05 * max(longest, budget if line else 0))
+        axes.set_xlim(0, 1.05 * longest)
         if line:
             bars.append(axes.axvline(budget, color=INK, linestyle="--", linewidth=1))
     legend = figure.legend(

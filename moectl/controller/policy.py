@@ -25,7 +25,7 @@ class Choice(NamedTuple):
     order: Tensor
     """(B, O) optional blocks in the order in which they were drawn; the first ones run."""
     top_k: Tensor
-    """(B, L) of the numbers of experts."""
+    """(B, L) of the numbers of experts; (B, 1) if all blocks share one."""
 
 
 def ranked(logits: Tensor) -> Tensor:
@@ -88,25 +88,36 @@ def plans(choice: Choice, space: Space, fixed: Sequence[int] = ()) -> list[Plan]
     found = []
     optional = space.optional
     for tier, count, order, top_k in zip(*(part.tolist() for part in choice), strict=True):
+        numbers = top_k * space.blocks if len(top_k) == 1 else top_k
         wanted = space.counts[count] - len(space.always_on)
         taken = fixed[:wanted] if fixed else [optional[place] for place in order[:wanted]]
         runs = {*space.always_on, *taken}
         experts = tuple(
             space.top_k_choices[chosen] if free else space.default_top_k * mixture
-            for chosen, free, mixture in zip(top_k, space.free, space.mixtures, strict=True)
+            for chosen, free, mixture in zip(numbers, space.free, space.mixtures, strict=True)
         )
         active = tuple(block in runs for block in range(space.blocks))
         found.append(Plan(space.tiers[tier].name, active, experts))
     return found
 
 
-def chosen_parts(plans: Sequence[Plan], space: Space) -> tuple[Tensor, Tensor]:
+def chosen_parts(
+    plans: Sequence[Plan], space: Space, *, shared: bool = False
+) -> tuple[Tensor, Tensor]:
     """Return what of plans was a choice, for `log_prob`.
 
+    Args:
+        plans: B of them.
+        space: that they are of.
+        shared: whether all blocks share a number of experts.
+
     Returns:
-        (B,) optional blocks that run, and (B, L) whether a block runs with experts of its choice.
+        (B,) optional blocks that run, and (B, L) whether a block runs with experts of its choice;
+        (B, 1) if that is shared.
     """
     counts = [len(plan.blocks) - len(space.always_on) for plan in plans]
+    if shared:
+        return torch.tensor(counts), torch.ones(len(plans), 1, dtype=torch.bool)
     free = [
         [runs and own for runs, own in zip(plan.active, space.free, strict=True)] for plan in plans
     ]
@@ -158,7 +169,7 @@ def entropies(scores: Scores, space: Space, *, learned: bool = True) -> dict[str
         return -(logs.exp() * logs).sum(-1).mean() / math.log(logits.shape[-1])
 
     heads = scores._asdict()
-    heads["top_k"] = scores.top_k[:, list(space.free)]
+    heads["top_k"] = scores.top_k if scores.shared else scores.top_k[:, list(space.free)]
     if not learned:
         del heads["blocks"]
     return {

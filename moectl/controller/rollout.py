@@ -113,7 +113,10 @@ class Player:
     def log_probs(self, scores: Scores, rollout: Rollout) -> Tensor:
         """Return the log-probability of drawn plans, (P,), under other scores of them."""
         device = scores.tier.device
-        chosen, free = (part.to(device) for part in chosen_parts(rollout.plans, self.space))
+        chosen, free = (
+            part.to(device)
+            for part in chosen_parts(rollout.plans, self.space, shared=scores.shared)
+        )
         choice = Choice(*(part.to(device) for part in rollout.choice))
         return log_prob(scores, choice, chosen, free, learned=not self.fixed)
 

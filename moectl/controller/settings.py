@@ -93,6 +93,9 @@ class PolicySection(Section):
     ] = "auto"
     """Who chooses the blocks once their number is chosen: the controller, scores of importance, or
     the first ones run; auto: the controller."""
+    top_k: Annotated[Literal["per_block", "shared"], Flag("--top-k")] = "per_block"
+    """Choose a number of experts for each block, or one for all; the latter makes so few plans
+    that most are soon known."""
     importance: Annotated[Path | None, Flag("--importance", "--importance-scores-file")] = None
     """Scores of the blocks, a JSON file; with learned blocks they start the controller's own."""
 
@@ -181,7 +184,8 @@ class GrpoSection(Section):
     group_size: Annotated[int, Flag("--group-size"), Field(ge=2)] = 5
     """Plans drawn for each question."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
-    """What an advantage is divided by: the deviation of its group, of all, or nothing."""
+    """What an advantage is divided by: the deviation of its group, of all that one process answers
+    at once, or nothing."""
     inner_iterations: Annotated[int, Flag("--inner-iterations"), Field(ge=1)] = 1
     """Updates from the same answers, with clipped ratios."""
     clip: Annotated[float, Field(gt=0, lt=1)] = 0.2
@@ -231,11 +235,7 @@ class ControllerTrain(TrainSection):
     precision: Annotated[Literal["auto", "no", "bf16", "fp16"], Flag("--precision")] = "no"
     """Mixed precision of the controller, which is too small to gain from it."""
     wandb_project: Annotated[str, Flag("--wandb-project")] = "molmo-controller"
-    """Project there; empty for moectl-controller."""
-    wandb_entity: Annotated[str, Flag("--wandb-entity")] = ""
-    """Entity there; empty for your own."""
-    wandb_name: Annotated[str, Flag("--wandb-name")] = ""
-    """Name there; empty for that of the run folder."""
+    """Project at Weights & Biases; empty for moectl-controller."""
 
 
 class ProfileSection(Section):

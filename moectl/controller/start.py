@@ -42,7 +42,7 @@ def arguments_of(settings: Any, space: Space, features: Features) -> dict[str, A
             "tiers": len(space.tiers),
             "counts": len(space.counts),
             "optional": len(space.optional),
-            "blocks": space.blocks,
+            "blocks": 1 if section.top_k == "shared" else space.blocks,
             "choices": max(1, len(space.top_k_choices)),
             "hidden": section.hidden,
             "dropout": section.dropout,
@@ -82,8 +82,10 @@ def _prefer(policy: Policy, world: World) -> None:
     """Let the scores of importance be the first preference among blocks, standardised."""
     scores = world.facts["importance"]
     values = torch.tensor([scores[str(block)] for block in world.space.optional])
+    values = values - values.mean()
+    spread = values.std(correction=0).clamp(min=1e-6)  # equal scores prefer no block
     with torch.no_grad():
-        policy.controller.block_head.bias.copy_((values - values.mean()) / values.std())
+        policy.controller.block_head.bias.copy_(values / spread)
 
 
 def _load(policy: Policy, path: Path) -> None:

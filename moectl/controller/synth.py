@@ -54,7 +54,7 @@ class Drawn(NamedTuple):
     """Which detail is asked for: a key of `QUESTIONS`."""
 
 
-def draw(index: int, seed: int) -> Drawn:
+def draw(index: int, seed: int, kind=None) -> Drawn:
     """Draw a picture; the same for the same numbers.
 
     Args:
@@ -64,15 +64,15 @@ def draw(index: int, seed: int) -> Drawn:
     from PIL import Image, ImageDraw
 
     rng = np.random.default_rng(key(seed, "synth", index))
-    kind = list(QUESTIONS)[rng.integers(4)]
+    k = list(QUESTIONS)[rng.integers(4)]; kind = kind or k
     colour, shape = rng.choice(list(COLOURS)), rng.choice(SHAPES)
     large, small = rng.integers(10, size=2)
     cells = [(int(cell % 6) * _CELL, int(cell // 6) * _CELL) for cell in rng.permutation(36)[:3]]
     image = Image.new("RGB", (SIDE, SIDE), (24, 24, 28))
     pen = ImageDraw.Draw(image)
-    _shape(pen, str(shape), _near(cells[0], rng.integers(1, 6, size=2)), COLOURS[str(colour)])
-    _digit(pen, int(large), _near(cells[1], rng.integers(1, [20, 6])), _LARGE)
-    place = rng.choice([0, 28], size=2) + rng.integers(1, [8, 4])
+    _shape(pen, str(shape), _near(cells[0], rng.integers(2, 5, size=2)), COLOURS[str(colour)])
+    _digit(pen, int(large), _near(cells[1], rng.integers([9, 2], [12, 5])), _LARGE)
+    place = rng.choice([0, 28], size=2) + rng.integers([3, 1], [6, 4])
     _digit(pen, int(small), _near(cells[2], place), _SMALL)
     answers = {"colour": colour, "shape": shape, "large": large, "small": small}
     return Drawn(image, QUESTIONS[kind], str(answers[kind]), kind)

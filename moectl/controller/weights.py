@@ -66,7 +66,7 @@ def open_policy(path: Path) -> tuple[Policy, dict[str, Any]]:
         UserError: if the file cannot be read, or has nothing beside it that says how to build it.
     """
     read = load(path)
-    if "arguments" not in read.facts:
+    if read.facts.get("model") != "Policy":
         raise UserError(
             f"{path}: {path.name}.json beside it does not say how to build the controller",
             "weights of another program serve as a start: moectl controller grpo --init-from",

@@ -91,6 +91,12 @@ class TrainSection(Section):
     """Write TensorBoard event files into the run folder."""
     wandb: Annotated[bool, Flag("--use-wandb")] = False
     """Log to Weights & Biases as well (extra `wandb`; WANDB_MODE=offline is honoured)."""
+    wandb_project: Annotated[str, Flag("--wandb-project")] = ""
+    """Project there; empty for moectl and the name of the system."""
+    wandb_entity: Annotated[str, Flag("--wandb-entity")] = ""
+    """User or team there; empty for your own."""
+    wandb_name: Annotated[str, Flag("--wandb-name")] = ""
+    """Name of the run there; empty for that of the run folder."""
 
     @field_validator("max_time")
     @classmethod

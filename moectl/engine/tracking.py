@@ -150,14 +150,7 @@ class Trackers:
         if run.settings.train.wandb:
             if importlib.util.find_spec("wandb") is None:
                 raise UserError("wandb is not installed", "pip install 'moectl[wandb]'")
-            project = f"moectl-{run.record['room']}"
-            options = {
-                "dir": str(run.folder),
-                "name": run.folder.name,
-                "id": run.record["id"],
-                "resume": "allow",
-            }
-            self.running.append(WandBTracker(project, **options))
+            self.running.append(WandBTracker(**_wandb(run)))
         for tracker in self.running:
             tracker.start()
 
@@ -172,6 +165,19 @@ class Trackers:
         for tracker in self.running:
             tracker.finish()
         self.running = []
+
+
+def _wandb(run: "Run[Any]") -> dict[str, Any]:
+    """Return where Weights & Biases takes a run to; a resumed run goes on there."""
+    train = run.settings.train
+    return {
+        "run_name": train.wandb_project or f"moectl-{run.record['room']}",  # wandb's project
+        "entity": train.wandb_entity or None,
+        "name": train.wandb_name or run.folder.name,
+        "id": run.record["id"],
+        "dir": str(run.folder),
+        "resume": "allow",
+    }
 
 
 def loads_or_none(path: Path) -> Any:
