@@ -23,7 +23,12 @@ _DROPPED = {
 }
 
 
-@command(ControllerSettings, (*_ASKED, "profile"), train=True)
+@command(
+    ControllerSettings,
+    (*_ASKED, "profile"),
+    train=True,
+    without=("data.train_samples", "data.val_samples", "data.test_samples", "latency.tables"),
+)
 def profile(request: Request) -> None:
     """Measure blocks, plans and latency of a network."""
     from moectl.controller.profile import run_profile

@@ -167,17 +167,8 @@ def _scene(settings: Any, world: World, player: Player) -> Scene:
     def decide(budget: float) -> list[Plan]:
         return player.decide(torch.arange(count), torch.full((count,), budget))
 
-    scene = Scene(
-        world.space, world.order, table, player.environment.ids, settings.train.seed, decide
-    )
-    if table is not None:
-        try:
-            grid(scene)
-        except ValueError as error:
-            raise UserError(
-                f"{world.tables.folder}: the lookup table is of another network ({error})"
-            ) from None
-    return scene
+    ids, seed = player.environment.ids, settings.train.seed
+    return Scene(world.space, world.order, table, ids, seed, decide)
 
 
 def policies_of(opened: Opened, *, named: bool) -> list[Policy]:

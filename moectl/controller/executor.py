@@ -104,14 +104,18 @@ class Executor:
             inputs.text_tokens,
         )
 
+    def forget(self) -> None:
+        """Drop the encoded image that is kept for the next answer."""
+        self._opened = None
+
     def warm_up(self, times: int) -> None:
         """Answer the first question in every tier, for nothing: first calls are slow."""
         for tier in self.space.tiers:
             plan = replace(self.space.full, tier=tier.name)
             for _ in range(times):
-                self._opened = None
+                self.forget()
                 self.execute(0, plan)
-        self._opened = None
+        self.forget()
 
     def encode(self, row: int, tier: str) -> tuple[Inputs, Any, float]:
         """Return inputs, what the text network sees of the image, and the milliseconds of that."""

@@ -8,6 +8,7 @@ import torch
 from moectl.controller.environment import Environment
 from moectl.controller.executor import Executor
 from moectl.controller.model import build
+from moectl.controller.policy import decide, plans
 from moectl.controller.start import arguments_of
 from moectl.controller.timing import Clock
 
@@ -35,7 +36,8 @@ def overhead(environment: Environment, settings: Any) -> dict[str, float]:
 
     def choose() -> None:
         with torch.inference_mode():
-            policy(features.vision[:1], features.text[:1], budgets)
+            scores = policy(features.vision[:1], features.text[:1], budgets)
+            plans(decide(scores), environment.space)
 
     chosen = _median(clock, choose)
     full = environment.execute(0, environment.space.full).timings

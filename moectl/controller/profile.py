@@ -29,9 +29,15 @@ from moectl.controller.policy import draw, plans
 from moectl.controller.records import record
 from moectl.controller.report import report
 from moectl.controller.table import build
-from moectl.controller.world import Tables, importance_of, open_environments
+from moectl.controller.world import (
+    Tables,
+    importance_of,
+    open_environments,
+    pinned,
+    require_same,
+)
 from moectl.engine.errors import Interrupted, UserError
-from moectl.engine.files import write_json, write_text
+from moectl.engine.files import read_json, write_json, write_text
 from moectl.engine.run import Run
 from moectl.engine.seeding import key
 
@@ -47,7 +53,7 @@ class Profiler:
 
     def __init__(self, run: Run[Any]) -> None:
         self.run, self.settings = run, run.settings
-        settings = self.settings.model_copy(
+        settings = pinned(run.settings, run.record.get("world", {})).model_copy(
             update={
                 "latency": self.settings.latency.model_copy(
                     update={"repeats": self.settings.profile.repeats}
@@ -58,23 +64,17 @@ class Profiler:
             }
         )
         opened, self.facts = open_environments(settings, run.device, ("val",))
+        require_same(run, self.facts)
         self.inner = opened["val"]
         self.executions = Executions(run.folder / EXECUTIONS)
+        self.executions.keep_until(0)  # a torn last line would spoil the next one
         self.environment = Remembered(self.inner, self.executions.known())
         self.space: Space = self.inner.space
         self.rows = range(len(self.inner.ids))
 
     def answer(self, row: int, plan: Plan) -> Execution:
-        """Answer question number `row` by a plan.
-
-        Raises:
-            Interrupted: if the run was asked to stop; all answers so far are kept.
-        """
-        if self.run.stop:
-            raise Interrupted(
-                self.run.stop.reason or "stopped",
-                f"--resume {self.run.folder} goes on from here",
-            )
+        """Answer question number `row` by a plan, unless the run was asked to stop."""
+        self.pause()
         place = (self.inner.ids[row], plan.key())
         fresh = place not in self.environment.known
         found = self.environment.execute(row, plan)
@@ -82,6 +82,15 @@ class Profiler:
             line = {"sample_id": place[0], "plan_key": place[1], "plan": plan.plain()}
             self.executions.add([{**line, "update": 0, "execution": found.plain()}])
         return found
+
+    def pause(self) -> None:
+        """Stop if the run was asked to.
+
+        Raises:
+            Interrupted: with all answers so far kept.
+        """
+        if self.run.stop:
+            raise Interrupted(self.run.stop.reason, f"--resume {self.run.folder} goes on from here")
 
     def accuracy(self, plan: Plan, rows: Sequence[int]) -> float:
         """Return the mean accuracy of a plan over some questions."""
@@ -97,13 +106,18 @@ def run_profile(run: Run[Any]) -> dict[str, Any]:
     Raises:
         UserError: if a part cannot be measured on this network.
     """
+    if run.accelerator.num_processes > 1:
+        raise UserError(
+            "controller profile runs in one process: several would disturb each other's times",
+            "start it without a launcher",
+        )
     profiler, settings = Profiler(run), run.settings
+    _check(profiler)
     run.note(world=profiler.facts)
     wanted = settings.profile.what
     document: dict[str, Any] = {"folder": str(run.folder), **profiler.facts}
     if "overhead" in wanted:
-        document["overhead"] = overhead(profiler.inner, settings)
-        write_json(run.folder / "overhead.json", document["overhead"])
+        document["overhead"] = _overhead(profiler)
     order = _importance(profiler, document) if "importance" in wanted else _known_order(profiler)
     estimator = None
     if "latency" in wanted:
@@ -113,6 +127,31 @@ def run_profile(run: Run[Any]) -> dict[str, Any]:
     write_json(run.folder / "profile.json", document)
     report(run.folder)
     return document
+
+
+def _check(profiler: Profiler) -> None:
+    """Refuse now what would fail after hours."""
+    section, space = profiler.settings.profile, profiler.space
+    if "grid" in section.what:
+        grid_plans(space, range(space.blocks), section.top_ks)
+        if profiler.settings.latency.source == "table" and "latency" not in section.what:
+            raise UserError(
+                "latency.source = table: the grid needs fitted latencies", "--what latency,grid"
+            )
+    simulated = not isinstance(profiler.inner, Executor)
+    if "importance" in section.what and section.method != "drop" and simulated:
+        raise UserError(
+            f"profile.method = {section.method} needs a network, and the simulation has none"
+        )
+
+
+def _overhead(profiler: Profiler) -> dict[str, float]:
+    """Return what the controller takes, as it was first measured."""
+    path = profiler.run.folder / "overhead.json"
+    if not path.is_file():
+        write_json(path, overhead(profiler.inner, profiler.settings))
+    found: dict[str, float] = read_json(path)
+    return found
 
 
 def _known_order(profiler: Profiler) -> tuple[int, ...]:
@@ -130,9 +169,11 @@ def without(space: Space, removed: frozenset[int]) -> Plan:
 def _importance(profiler: Profiler, document: dict[str, Any]) -> tuple[int, ...]:
     """Score the blocks, search sets of them, and return all blocks, those to keep first."""
     space, section = profiler.space, profiler.settings.profile
-    halves = [profiler.rows[::2], profiler.rows[1::2]]
-    by_half = [_scores(profiler, rows) for rows in halves if rows]
-    scores = {block: statistics.fmean(part[block] for part in by_half) for block in by_half[0]}
+    halves = [rows for rows in (profiler.rows[::2], profiler.rows[1::2]) if rows]
+    by_half, sizes = [_scores(profiler, rows) for rows in halves], list(map(len, halves))
+    scores = {
+        block: statistics.fmean([part[block] for part in by_half], sizes) for block in by_half[0]
+    }
     # A block that always runs is never left out: it counts as if all were lost without it.
     highest = max(scores.values(), default=0.0)
     scores.update(dict.fromkeys(space.always_on, max(highest, 1.0)))
@@ -164,27 +205,26 @@ def _importance(profiler: Profiler, document: dict[str, Any]) -> tuple[int, ...]
 
 def _scores(profiler: Profiler, rows: Sequence[int]) -> dict[int, float]:
     """Return the score of every block that may be skipped, over some questions."""
-    space, method = profiler.space, profiler.settings.profile.method
-    if method == "drop":
-        full = profiler.accuracy(space.full, rows)
-        return {
-            block: full - profiler.accuracy(without(space, frozenset({block})), rows)
-            for block in space.optional
-        }
-    if not isinstance(profiler.inner, Executor):
-        raise UserError(f"profile.method = {method} needs a network, and the simulation has none")
-    backbone = profiler.inner.backbone
-    found = []
-    for row in rows:
-        inputs, vision, _ = profiler.inner.encode(row, space.full.tier)
-        if method == "bi":
-            turned = block_influence(backbone, inputs, vision)
-            found.append([turned[block] for block in space.optional])
-        else:
-            less = [without(space, frozenset({block})) for block in space.optional]
-            found.append(divergences(backbone, inputs, vision, less))
+    # One question after the other: its image is then encoded once.
+    found = [_question_scores(profiler, row) for row in rows]
     means = [statistics.fmean(values) for values in zip(*found, strict=True)]
-    return dict(zip(space.optional, means, strict=True))
+    return dict(zip(profiler.space.optional, means, strict=True))
+
+
+def _question_scores(profiler: Profiler, row: int) -> list[float]:
+    """Return the score of every block that may be skipped, by one question."""
+    space, method = profiler.space, profiler.settings.profile.method
+    plans = [without(space, frozenset({block})) for block in space.optional]
+    if method == "drop":
+        full = profiler.answer(row, space.full).accuracy
+        return [full - profiler.answer(row, plan).accuracy for plan in plans]
+    profiler.pause()
+    assert isinstance(profiler.inner, Executor), "checked"
+    inputs, vision, _ = profiler.inner.encode(row, space.full.tier)
+    if method == "kl":
+        return divergences(profiler.inner.backbone, inputs, vision, plans)
+    turned = block_influence(profiler.inner.backbone, inputs, vision)
+    return [turned[block] for block in space.optional]
 
 
 def _latency(profiler: Profiler, document: dict[str, Any]) -> Estimator:
@@ -224,10 +264,6 @@ def _grid(
 ) -> None:
     """Answer all questions by every plan of the grid, and write records and lookup table."""
     space, latency = profiler.space, profiler.settings.latency
-    if latency.source == "table" and estimator is None:
-        raise UserError(
-            "latency.source = table: the grid needs fitted latencies", "--what latency,grid"
-        )
     grid = grid_plans(space, order, profiler.settings.profile.top_ks)
     found = []
     for row in profiler.rows:

@@ -1,6 +1,7 @@
 """How a policy begins: new weights, those of a file, scores of importance, or the lookup table."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from moectl.controller.clone import clone
 from moectl.controller.environment import Features
 from moectl.controller.model import Policy, build
 from moectl.controller.plans import Space
+from moectl.controller.rewards import Pricing
+from moectl.controller.table import Table
 from moectl.controller.world import World
 from moectl.engine.artefact import load
 from moectl.engine.errors import UserError
@@ -58,6 +61,7 @@ def begin(settings: Any, world: World) -> tuple[Policy, dict[str, Any]]:
     """
     features = world.splits["train"].features()
     arguments = arguments_of(settings, world.space, features)
+    _warn(settings.policy, world)
     seed_all(settings.train.seed, "init")
     policy = build(arguments)
     if world.learned and world.facts["importance"]:
@@ -71,11 +75,30 @@ def begin(settings: Any, world: World) -> tuple[Policy, dict[str, Any]]:
                 "--tables of a run of moectl controller profile --what grid",
             )
         clone(
-            policy, world.tables.lut, features, world.space, budgets=world.budgets,
-            order=world.order, learned=world.learned, steps=settings.grpo.clone_steps,
-            seed=settings.train.seed,
+            policy, _charged(world.tables.lut, world.pricing), features, world.space,
+            budgets=world.budgets, order=world.order, learned=world.learned,
+            steps=settings.grpo.clone_steps, seed=settings.train.seed,
         )  # fmt: skip
     return policy, arguments
+
+
+def _warn(section: Any, world: World) -> None:
+    """Say so if the controller cannot tell some budgets apart."""
+    low, high = world.budgets
+    if low < section.budget_low or high > section.budget_high:
+        log.warning(
+            "budgets %.4g to %.4g %s: the controller tells apart those from policy.budget_low = %g"
+            " to policy.budget_high = %g alone",
+            low, high, world.pricing.unit, section.budget_low, section.budget_high,
+        )  # fmt: skip
+
+
+def _charged(table: Table, pricing: Pricing) -> Table:
+    """Return a table with what choosing a plan takes, as it is held against budgets."""
+    once = pricing.controller_ms if pricing.objective in ("total", "ttft") else 0.0
+    return replace(
+        table, rows=tuple(replace(row, latency=row.latency + once) for row in table.rows)
+    )
 
 
 def _prefer(policy: Policy, world: World) -> None:
@@ -91,21 +114,26 @@ def _prefer(policy: Policy, world: World) -> None:
 def _load(policy: Policy, path: Path) -> None:
     """Take weights from a file; parts that it lacks stay new."""
     payload = load(path).payload
-    if not any(name in payload for names in KEYS.values() for name in names):
-        known = ", ".join(name for names in KEYS.values() for name in names)
-        raise UserError(f"{path}: holds none of {known}")
+    known = [name for names in KEYS.values() for name in names]
+    held = {name: payload[name] for name in known if isinstance(payload.get(name), dict)}
+    if not held:
+        raise UserError(f"{path}: holds weights under none of {', '.join(known)}")
     for part, names in KEYS.items():
         module = getattr(policy, part)
-        state: dict[str, Any] = next((payload[name] for name in names if name in payload), {})
+        state: dict[str, Any] = next((held[name] for name in names if name in held), {})
         own = module.state_dict()
-        if missing := sorted(set(own) - set(state)):
-            log.warning("%s: lacks %s of the %s, which start new", path, missing[0], part)
+        if missing := [name for name in own if name not in state]:
+            log.warning(
+                "%s: lacks %d of the %d weights of the %s, %s among them: these start new",
+                path, len(missing), len(own), part, missing[0],
+            )  # fmt: skip
         for name, value in state.items():
             if name not in own:
                 raise UserError(f"{path}: {name}: no such weight of the {part}")
-            if value.shape != own[name].shape:
+            found, expected = tuple(getattr(value, "shape", ())), tuple(own[name].shape)
+            if found != expected:
                 raise UserError(
-                    f"{path}: {name} is {tuple(value.shape)}, expected {tuple(own[name].shape)}:"
-                    " of another network, or of other widths (policy.*)"
+                    f"{path}: {name} is {found}, expected {expected}: of another network, or of"
+                    " other widths (policy.*)"
                 )
         module.load_state_dict({**own, **state})

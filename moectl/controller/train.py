@@ -5,13 +5,20 @@ Letters: B questions of a step on this process, G plans of each, P = B x G.
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from moectl.controller.environment import Rows
-from moectl.controller.history import EXECUTIONS, Executions
+from moectl.controller.history import (
+    EXECUTIONS,
+    TRAINING,
+    VALIDATION,
+    Executions,
+    keep_until,
+)
 from moectl.controller.ledger import Ledger
 from moectl.controller.model import Policy
 from moectl.controller.objective import Objective
@@ -21,7 +28,8 @@ from moectl.controller.schedule import Plateau
 from moectl.controller.settings import ControllerSettings
 from moectl.controller.start import begin
 from moectl.controller.weights import FIRST, open_policy, save_policy
-from moectl.controller.world import World, open_world
+from moectl.controller.world import World, open_world, require_same
+from moectl.engine.launch import agree
 from moectl.engine.loop import Loop, Step
 from moectl.engine.optim import build_optimizer
 from moectl.engine.run import Run
@@ -37,10 +45,9 @@ def train(settings: ControllerSettings, run: Run[ControllerSettings]) -> None:
         settings: of the run.
         run: the run.
     """
-    world = open_world(settings, run.device, ("train", "val"), run.record.get("world"))
-    run.note(world=world.facts)
+    world = _open(run)
     seed, section = settings.train.seed, settings.grpo
-    policy, arguments = begin(settings, world)
+    policy, arguments = _begin(run, world)
     optimizer = build_optimizer(settings.optim, policy.parameters())
     plateau = Plateau(section.plateau_factor, section.plateau_patience)
     questions = Rows(len(world.splits["train"].ids))
@@ -53,7 +60,7 @@ def train(settings: ControllerSettings, run: Run[ControllerSettings]) -> None:
     )
     ledger = Ledger(loop, judge, budgets, plateau, arguments)
     loop.track(plateau=plateau, tally=ledger.tally)
-    reference = _reference(loop, policy, arguments, world)
+    reference = _reference(run) if section.kl_coef else None
     _recall(loop, world)
     _introduce(run, world, policy)
     loop.rehearse(lambda: judge.decide(torch.arange(1), budgets[:1]))
@@ -71,6 +78,34 @@ def train(settings: ControllerSettings, run: Run[ControllerSettings]) -> None:
             plateau.step(ledger.end_epoch(step))
 
     _finish(loop)
+
+
+def _open(run: Run[ControllerSettings]) -> World:
+    """Open the world, and write down what it is; a resumed run goes on in that of its beginning."""
+    known = run.record.get("world")
+    world = open_world(run.settings, run.device, ("train", "val"), known)
+    require_same(run, world.facts)
+    # Each process may have timed the network by itself: the first one's budgets are those of all.
+    facts = agree(run.accelerator, lambda: known or world.facts)
+    run.note(world=facts)
+    low, high = facts["budgets"]
+    return replace(world, facts=facts, budgets=(low, high), order=tuple(facts["order"]))
+
+
+def _begin(run: Run[ControllerSettings], world: World) -> tuple[Policy, dict[str, Any]]:
+    """Return the policy that training begins with, and what builds it; write it at first."""
+    path = run.folder / FIRST
+    if agree(run.accelerator, path.with_name(f"{FIRST}.json").exists):  # written after the weights
+        policy, facts = open_policy(path)
+        return policy, facts["arguments"]
+    policy, arguments = begin(run.settings, world)
+    save_policy(run, FIRST, policy, arguments, world.space, epoch=0)
+    return policy, arguments
+
+
+def _reference(run: Run[ControllerSettings]) -> Policy:
+    """Return the policy that training began with: after resume the trained one has moved on."""
+    return open_policy(run.folder / FIRST)[0].to(run.device).requires_grad_(requires_grad=False)
 
 
 def draw_budgets(
@@ -101,7 +136,7 @@ def _roll_out(loop: Loop, step: Step, player: Player, world: World) -> Rollout:
 
 def _seed_dropout(loop: Loop, step: Step) -> None:
     """The same dropout in every inner iteration: ratios then compare weights alone."""
-    seed_all(loop.settings.seed, "dropout", step.index, loop.accelerator.process_index)
+    seed_all(loop.settings.seed, "dropout", step.index, int(step.slots[0]))
 
 
 def _move(loop: Loop, step: Step, objective: Objective) -> None:
@@ -115,31 +150,21 @@ def _move(loop: Loop, step: Step, objective: Objective) -> None:
     loop.optimizer.zero_grad()
 
 
-def _reference(
-    loop: Loop, policy: Policy, arguments: dict[str, Any], world: World
-) -> Policy | None:
-    """Write the policy that training begins with, and return it if the loss needs it.
-
-    A resumed run reads it back: by then the policy itself has moved on.
-    """
-    run = loop.run
-    path = run.folder / FIRST
-    if loop.update == 0 and not path.exists():
-        save_policy(run, FIRST, policy, arguments, world.space, epoch=0)
-    if not run.settings.grpo.kl_coef:
-        return None
-    return open_policy(path)[0].to(run.device).requires_grad_(requires_grad=False)
-
-
 def _recall(loop: Loop, world: World) -> None:
-    """Take up the executions of an earlier sitting: what was answered is not asked again."""
-    executions = Executions(loop.run.folder / EXECUTIONS)
-    if loop.run.is_main:
-        executions.keep_until(loop.update)
-    loop.accelerator.wait_for_everyone()
+    """Take up the executions of an earlier sitting: what was answered is not asked again.
+
+    What it wrote after its last checkpoint is recalled as well, and written again in its place.
+    """
+    folder = loop.run.folder
+    executions = Executions(folder / EXECUTIONS)
     known = executions.known()
     for environment in world.splits.values():
         environment.known.update(known)
+    loop.accelerator.wait_for_everyone()
+    if loop.run.is_main:
+        executions.keep_until(loop.update)
+        for name in (TRAINING, VALIDATION):
+            keep_until(folder / name, loop.epoch)
 
 
 def _introduce(run: Run[Any], world: World, policy: Policy) -> None:

@@ -2,7 +2,7 @@
 
 import logging
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +17,7 @@ from moectl.controller.rewards import Pricing
 from moectl.controller.table import Table, read_table
 from moectl.engine.errors import UserError
 from moectl.engine.files import is_folder, read_json
+from moectl.engine.run import Run
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +98,7 @@ def _open_real(
     seed = settings.train.seed
     samples, facts = {}, {}
     if set(splits) & {"train", "val"}:
-        data = load(settings.data, seed)
+        data = load(settings.data, seed, [name for name in ("train", "val") if name in splits])
         samples, facts = {"train": data.train, "val": data.val}, data.facts
     if "test" in splits:
         samples["test"] = load_test(settings.data, seed)
@@ -218,9 +219,7 @@ def open_world(
         UserError: if something is missing.
     """
     known = known or {}
-    if known and settings.backbone.model == "latest":
-        backbone = settings.backbone.model_copy(update={"model": known["model"]})
-        settings = settings.model_copy(update={"backbone": backbone})
+    settings = pinned(settings, known)
     tables = read_tables(known.get("tables", settings.latency.tables), settings.latency)
     if settings.latency.source == "table" and tables.estimator is None:
         raise UserError(
@@ -232,6 +231,7 @@ def open_world(
     space = next(iter(environments.values())).space
     model = str(facts["model"])
     scores, order = importance_of(settings, space, tables, model)
+    _check(tables, space, order)
     controller_ms = known.get("controller_ms", tables.controller_ms or 0.0)
     if settings.latency.source == "flops":
         controller_ms = 0.0
@@ -252,6 +252,54 @@ def open_world(
     learned = settings.policy.blocks in ("auto", "learned")
     low, high = budgets
     return World(environments, pricing, (low, high), order, learned, tables, facts)
+
+
+def pinned(settings: Any, known: Mapping[str, Any]) -> Any:
+    """Return settings with the network that `latest` was when a run began.
+
+    Args:
+        settings: of the run.
+        known: facts of its beginning; empty if it begins now.
+    """
+    if not known or settings.backbone.model != "latest":
+        return settings
+    backbone = settings.backbone.model_copy(update={"model": known["model"]})
+    return settings.model_copy(update={"backbone": backbone})
+
+
+def require_same(run: Run[Any], facts: Mapping[str, Any]) -> None:
+    """Refuse to go on with other questions than a run began with.
+
+    Args:
+        run: new or resumed.
+        facts: of the questions now.
+
+    Raises:
+        UserError: if they are others.
+    """
+    if run.record.get("world", facts).get("data") != facts.get("data"):
+        names = ", ".join(run.settings.data.dataset)
+        raise UserError(
+            f"{run.folder}: began with other questions of {names}", "start a new run for these"
+        )
+
+
+def _check(tables: Tables, space: Space, order: Sequence[int]) -> None:
+    """Refuse tables of another network."""
+    if tables.estimator is not None and tables.estimator.blocks != space.blocks:
+        raise UserError(
+            f"{tables.folder}: the fitted latency is of another network"
+            f" ({tables.estimator.blocks} blocks: expected {space.blocks})"
+        )
+    if tables.lut is None:
+        return
+    try:
+        for row in tables.lut.rows:
+            tables.lut.plan(row, space, order)
+    except ValueError as error:
+        raise UserError(
+            f"{tables.folder}: the lookup table is of another network ({error})"
+        ) from None
 
 
 def budget_range(

@@ -136,7 +136,8 @@ def qwen(enliven: Callable[[Any], Any]) -> "QwenVl":
     )
     names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
     experts = {"num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 32}
-    turns = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}
+    experts["head_dim"] = 32  # twice a head's share of the width, as in the large ones
+    turns = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [8, 4, 4]}
     config = Qwen3VLMoeConfig(
         text_config={**_TEXT, **experts, "vocab_size": len(tokenizer), "rope_parameters": turns},
         vision_config={

@@ -138,11 +138,11 @@ def test_the_feature_of_a_question_is_the_mean_of_its_embeddings(nano: LlavaNext
 
 
 def test_features_may_be_learned_from(nano: LlavaNext, picture: "Image") -> None:
-    head = nn.Linear(128, 1)
-    features = torch.cat([nano.look(picture).feature, nano.text_feature("what?")])
-    assert features.dtype == torch.float32
-    head(features).backward()
-    assert head.weight.grad is not None
+    for feature in (nano.look(picture).feature, nano.text_feature("what?")):
+        assert feature.dtype == torch.float32
+        head = nn.Linear(64, 1)
+        head(feature).backward()
+        assert head.weight.grad is not None
 
 
 @pytest.mark.parametrize(("experts", "expected"), [("auto", "eager"), ("batched_mm", "batched_mm")])

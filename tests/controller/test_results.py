@@ -125,7 +125,8 @@ def test_captions_are_scored_over_the_corpus() -> None:
     right = [outcome(0, 1, answer=text) for text in words]
     found = official(right, samples)
     assert found["cider_d"] == pytest.approx(10)
-    assert (found["bleu4"], found["rouge_l"]) == (pytest.approx(1), pytest.approx(1))
+    assert found["bleu4"] == pytest.approx(1)
+    assert found["rouge_l"] == pytest.approx(1)
     wrong = official(right[::-1], samples)
     assert wrong["cider_d"] < 1
     assert official(right[:1], samples[:1]) == {}, "one image is no corpus"

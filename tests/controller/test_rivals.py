@@ -47,18 +47,18 @@ TABLE = Table(
 
 def scene(space: Space | None = None, **values: Any) -> Scene:
     space = space or simulated()
-    given = {
+    given: dict[str, Any] = {
         "order": ORDER,
         "table": TABLE,
         "ids": ["a/1", "a/2", "b/1"],
         "seed": 0,
-        "decide": lambda budget: [space.full] * 3,
+        "decide": lambda _: [space.full] * 3,
     }
     return Scene(space, **(given | values))
 
 
 def small() -> Space:
-    """Two blocks that may be skipped, one of them without experts; 2 x 2 x (1 + 2 + 2 + 1) plans."""
+    """Two blocks that may be skipped, one of them without experts."""
     return Space(
         blocks=4,
         mixtures=(True, True, True, False),
@@ -222,4 +222,4 @@ def test_policies_that_need_a_table_are_known() -> None:
     without = scene(table=None)
     for policy in ("controller", "static_full", "static_min", "random", "importance"):
         assert policy not in rivals.TABLED
-        assert len(plans_of(policy, 1.0, without)) == 3  # type: ignore[arg-type]
+        assert len(plans_of(policy, 1.0, without)) == 3
