@@ -72,6 +72,6 @@ def _seconds(environment: Environment, seed: int) -> float:
     times = []
     for row, plan in enumerate(random_plans(environment.space, _TIMED, seed)):
         start = time.perf_counter()
-        environment.execute(row, plan)
+        environment.execute(row % len(environment.ids), plan)
         times.append(time.perf_counter() - start)
     return statistics.median(times)

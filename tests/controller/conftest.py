@@ -1,6 +1,7 @@
 """A small network that answers at random but not with one word, and a picture to ask about."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -204,3 +205,97 @@ def _of_family(family: str, enliven: Callable[[Any], Any]) -> "SmolVlm":
         torch.manual_seed(0)
         model = enliven(getattr(transformers, f"{family}ForConditionalGeneration")(config))
     return SmolVlm(model, processor, name=family, instruct=False)
+
+
+_SIMULATED = {
+    "backbone.model": "sim", "data.train_samples": 6, "data.val_samples": 4,
+    "policy.hidden": 8, "policy.budget_dim": 8, "budget.low": 100, "budget.high": 340,
+    "grpo.group_size": 3, "grpo.clone_steps": 2, "optim.lr": 0.01, "train.epochs": 2,
+    "train.batch_size": 2, "train.tensorboard": False, "profile.samples": 3, "profile.plans": 12,
+    "profile.what": ("importance", "grid", "latency"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def simulated() -> Callable[..., Any]:
+    """Settings of a small training on the simulator, with changes such as train__epochs=4."""
+    from moectl.controller.settings import ControllerSettings
+    from moectl.engine.settings import resolve
+
+    def settings(**values: Any) -> Any:
+        given = _SIMULATED | {key.replace("__", "."): value for key, value in values.items()}
+        return resolve(ControllerSettings, given, [], [])[0]
+
+    return settings
+
+
+@pytest.fixture(scope="session")
+def open_sim(simulated: Callable[..., Any]) -> Callable[..., Any]:
+    """Open a run of these settings in a folder, a new one or the one that is there."""
+    from moectl.engine import run as module
+    from moectl.engine.launch import build_accelerator
+
+    def opened(folder: Path, command: str = "grpo", **values: Any) -> Any:
+        settings = simulated(**values)
+        accelerator = build_accelerator(settings.train, cpu=True)
+        if folder.exists():
+            return module.reopen(folder, settings, accelerator, auto=False)
+        named = {"room": "controller", "command": command, "name": folder.name, "origin": {}}
+        return module.create(settings, accelerator, out=folder, **named)
+
+    return opened
+
+
+@pytest.fixture(scope="session")
+def train_sim(open_sim: Callable[..., Any]) -> Callable[..., Path]:
+    """Train on the simulator in a folder, or go on there; no pictures."""
+    from moectl.controller import train
+    from moectl.engine.errors import Interrupted
+
+    def call(folder: Path, *, stop_after: int = 0, **values: Any) -> Path:
+        own = train._roll_out
+
+        def rolled(loop: Any, *given: Any) -> Any:
+            if loop.update + 1 == stop_after:
+                loop.run.stop.reason = "asked to"
+            return own(loop, *given)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(train, "report", lambda _: None)
+            patch.setattr(train, "_roll_out", rolled)
+            with open_sim(folder, **values) as run:
+                if stop_after:
+                    with pytest.raises(Interrupted, match="asked to"):
+                        train.train(run.settings, run)
+                else:
+                    train.train(run.settings, run)
+        return folder
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def sim_run(tmp_path_factory: pytest.TempPathFactory, train_sim: Callable[..., Path]) -> Path:
+    """A finished training of two epochs; tests leave it as it is."""
+    return train_sim(tmp_path_factory.mktemp("sim") / "run")
+
+
+@pytest.fixture(scope="session")
+def profile_sim(open_sim: Callable[..., Any]) -> Callable[..., Path]:
+    """Profile the simulator in a folder, or go on there; no pictures."""
+    from moectl.controller import profile
+
+    def call(folder: Path, **values: Any) -> Path:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(profile, "report", lambda _: None)
+            with open_sim(folder, "profile", **values) as run:
+                profile.run_profile(run)
+        return folder
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def sim_tables(tmp_path_factory: pytest.TempPathFactory, profile_sim: Callable[..., Path]) -> Path:
+    """The tables of a profile of the simulator; tests leave them as they are."""
+    return profile_sim(tmp_path_factory.mktemp("sim") / "tables")

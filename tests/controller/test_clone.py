@@ -71,8 +71,9 @@ def test_the_copy_decides_as_the_table_does(caplog: pytest.LogCaptureFixture) ->
 
 def test_copies_are_a_function_of_the_seed() -> None:
     found = []
-    for seed in (1, 1, 2):
+    for place, seed in enumerate((1, 1, 2)):
         of = policy()
+        torch.manual_seed(place)  # neither dropout nor another draw comes from here
         loss = copied(of, 3, seed=seed)
         found.append((loss, of.controller.tier_head.weight))
     assert found[0][0] == found[1][0] != found[2][0]

@@ -38,6 +38,13 @@ def test_one_radian_hardly_tells_budgets_apart(scale: float, varying: int, alike
     assert torch.cosine_similarity(low, high, dim=0).item() == pytest.approx(alike, abs=5e-4)
 
 
+def test_budgets_are_spread_over_1000_radians_unless_told_otherwise() -> None:
+    codes = [encoder.sinusoid(torch.tensor([333.0])) for encoder in (
+        BudgetEncoder(width=4), BudgetEncoder(width=4, low=50, high=500, dim=256, scale=1000),
+    )]  # fmt: skip
+    assert torch.equal(*codes)
+
+
 def test_sines_and_cosines_of_falling_rates_take_turns() -> None:
     encoder = BudgetEncoder(width=4, low=100, high=300, dim=6, scale=10)
     angles = [0.25 * 10 * 10000 ** (-2 * j / 6) for j in range(3)]
