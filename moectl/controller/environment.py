@@ -97,5 +97,5 @@ class Rows:
         self, batch_size: int, device: torch.device, rank: int = 0, world: int = 1
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield numbers of questions in their order, twice."""
-        for part in torch.split(torch.arange(rank, self.count, world), batch_size):
+        for part in torch.split(torch.arange(self.count)[rank::world], batch_size):
             yield part.to(device), part.to(device)

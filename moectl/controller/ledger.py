@@ -72,8 +72,8 @@ class Ledger:
         if step.ends_update:
             self.tally.norms.append(float(self.loop.grad_norm))
 
-    def end_epoch(self, step: Step) -> float:
-        """Validate, write histories and weights, and return the validation reward."""
+    def end_epoch(self, step: Step) -> None:
+        """Validate, let the plateau know, and write histories and weights."""
         loop, run, epoch = self.loop, self.run, step.epoch + 1
         held = self._validate(step)
         means = loop.means("epoch")
@@ -92,14 +92,14 @@ class Ledger:
         step.log(**_tags("Train", row), **_tags("Val", held))
         better = step.score({f"val/{name}": value for name, value in held.items()})
         self._say(row, held)
+        self.plateau.step(held["reward_mean"])
         self._save(step, held, better=better)
-        return held["reward_mean"]
 
     def _validate(self, step: Step) -> dict[str, float]:
         """Answer the validation questions by the most probable plans, each under its budget."""
         judge, accelerator = self.judge, self.loop.accelerator
         ids = judge.environment.ids
-        rows = torch.arange(accelerator.process_index, len(ids), accelerator.num_processes)
+        rows = torch.arange(len(ids))[accelerator.process_index :: accelerator.num_processes]
         plans = judge.decide(rows, self.budgets[rows])
         pairs = list(zip(rows.tolist(), plans, strict=True))
         answers = [judge.environment.execute(row, plan) for row, plan in pairs]
@@ -138,7 +138,9 @@ class Ledger:
             held["reward_mean"], held["accuracy_mean"], held["latency_mean"], unit,
             held["budget_violation_rate"], held["distinct_plans"],
         )  # fmt: skip
-        spread = min(value for name, value in row.items() if name.startswith("entropy_"))
+        spread = min(
+            (value for name, value in row.items() if name.startswith("entropy_")), default=1.0
+        )
         if spread < _COLLAPSED or held["distinct_plans"] == 1:
             log.warning(
                 "the policy has nearly one plan for all (smallest entropy %.3f, %d plans in"

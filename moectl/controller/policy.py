@@ -116,11 +116,11 @@ def chosen_parts(
         (B, 1) if that is shared.
     """
     counts = [len(plan.blocks) - len(space.always_on) for plan in plans]
-    if shared:
-        return torch.tensor(counts), torch.ones(len(plans), 1, dtype=torch.bool)
     free = [
         [runs and own for runs, own in zip(plan.active, space.free, strict=True)] for plan in plans
     ]
+    if shared:
+        free = [[any(blocks)] for blocks in free]
     return torch.tensor(counts), torch.tensor(free)
 
 
@@ -169,7 +169,8 @@ def entropies(scores: Scores, space: Space, *, learned: bool = True) -> dict[str
         return -(logs.exp() * logs).sum(-1).mean() / math.log(logits.shape[-1])
 
     heads = scores._asdict()
-    heads["top_k"] = scores.top_k if scores.shared else scores.top_k[:, list(space.free)]
+    free = [any(space.free)] if scores.shared else list(space.free)
+    heads["top_k"] = scores.top_k[:, free]
     if not learned:
         del heads["blocks"]
     return {

@@ -200,7 +200,7 @@ class GrpoSection(Section):
     """Updates of that."""
     init_from: Annotated[Path | None, Flag("--init-from", "--load-stage1-checkpoint")] = None
     """Weights of a controller to begin with."""
-    plateau_factor: Annotated[float, Field(gt=0, le=1)] = 0.5
+    plateau_factor: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """Factor on the learning rate when validation no longer improves."""
     plateau_patience: Annotated[int, Field(ge=0)] = 5
     """Epochs without improvement before that."""

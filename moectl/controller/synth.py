@@ -28,10 +28,12 @@ COLOURS = {
 }
 SHAPES = ("circle", "square", "triangle", "plus")
 QUESTIONS = {
-    "colour": "Which colour?",
-    "shape": "Which shape?",
-    "large": "Which large digit?",
-    "small": "Which small digit?",
+    "colour": "Shape colour?",
+    "shape": "Shape?",
+    "lcolour": "Large digit colour?",
+    "large": "Large digit?",
+    "scolour": "Small digit colour?",
+    "small": "Small digit?",
 }
 """What is asked for each kind of detail."""
 _CELL = 42
@@ -64,27 +66,27 @@ def draw(index: int, seed: int, kind=None) -> Drawn:
     from PIL import Image, ImageDraw
 
     rng = np.random.default_rng(key(seed, "synth", index))
-    k = list(QUESTIONS)[rng.integers(4)]; kind = kind or k
-    colour, shape = rng.choice(list(COLOURS)), rng.choice(SHAPES)
+    k = list(QUESTIONS)[rng.integers(len(QUESTIONS))]; kind = kind or k
+    colour, c2, c3 = rng.choice(list(COLOURS), size=3); shape=rng.choice(SHAPES)
     large, small = rng.integers(10, size=2)
     cells = [(int(cell % 6) * _CELL, int(cell // 6) * _CELL) for cell in rng.permutation(36)[:3]]
     image = Image.new("RGB", (SIDE, SIDE), (24, 24, 28))
     pen = ImageDraw.Draw(image)
     _shape(pen, str(shape), _near(cells[0], rng.integers(2, 5, size=2)), COLOURS[str(colour)])
-    _digit(pen, int(large), _near(cells[1], rng.integers([9, 2], [12, 5])), _LARGE)
+    _digit(pen, int(large), _near(cells[1], rng.integers([9, 2], [12, 5])), _LARGE, COLOURS[str(c2)])
     place = rng.choice([0, 28], size=2) + rng.integers([3, 1], [6, 4])
-    _digit(pen, int(small), _near(cells[2], place), _SMALL)
-    answers = {"colour": colour, "shape": shape, "large": large, "small": small}
+    _digit(pen, int(small), _near(cells[2], place), _SMALL, COLOURS[str(c3)])
+    answers = {"colour": colour, "shape": shape, "large": large, "small": small, "lcolour": c2, "scolour": c3}
     return Drawn(image, QUESTIONS[kind], str(answers[kind]), kind)
 
 
-def _digit(pen: "ImageDraw", digit: int, corner: tuple[int, int], dot: int) -> None:
+def _digit(pen: "ImageDraw", digit: int, corner: tuple[int, int], dot: int, col) -> None:
     """Draw a digit of 3 × 5 dots, each a square of `dot` pixels."""
     for row, line in enumerate(_GLYPHS[digit].split("|")):
         for column, mark in enumerate(line):
             if mark == "#":
                 x, y = corner[0] + column * dot, corner[1] + row * dot
-                pen.rectangle((x, y, x + dot - 1, y + dot - 1), fill=(245, 245, 245))
+                pen.rectangle((x, y, x + dot - 1, y + dot - 1), fill=col)
 
 
 def _near(corner: tuple[int, int], offset: "NDArray[np.int64]") -> tuple[int, int]:

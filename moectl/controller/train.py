@@ -75,7 +75,7 @@ def train(settings: ControllerSettings, run: Run[ControllerSettings]) -> None:
         step.update(loss, **entropy)
         ledger.record(step, objective)
         if step.ends_epoch:
-            plateau.step(ledger.end_epoch(step))
+            ledger.end_epoch(step)
 
     _finish(loop)
 

@@ -1,5 +1,6 @@
 """A small network that answers at random but not with one word, and a picture to ask about."""
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -254,6 +255,7 @@ def train_sim(open_sim: Callable[..., Any]) -> Callable[..., Path]:
 
     def call(folder: Path, *, stop_after: int = 0, **values: Any) -> Path:
         own = train._roll_out
+        logging.getLogger("moectl").setLevel(logging.INFO)  # for log.txt
 
         def rolled(loop: Any, *given: Any) -> Any:
             if loop.update + 1 == stop_after:

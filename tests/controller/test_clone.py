@@ -31,11 +31,11 @@ TABLE = Table(
 LIMITS = (80.0, 380.0)
 
 
-def policy(optional: int = 15) -> Policy:
+def policy(rows: int = 16) -> Policy:
     torch.manual_seed(0)
     controller = {
-        "vision": 32, "language": 32, "budget": 64, "tiers": 3, "counts": 5, "optional": optional,
-        "blocks": 16, "choices": 5, "hidden": 64, "dropout": 0.3,
+        "vision": 32, "language": 32, "budget": 64, "tiers": 3, "counts": 5, "optional": 15,
+        "blocks": rows, "choices": 5, "hidden": 64, "dropout": 0.3,
     }  # fmt: skip
     return build({"budget_encoder": {"width": 64}, "controller": controller})
 
@@ -48,8 +48,9 @@ def copied(of: Policy, steps: int, *, learned: bool = True, seed: int = 1) -> fl
     )  # fmt: skip
 
 
-def test_the_copy_decides_as_the_table_does(caplog: pytest.LogCaptureFixture) -> None:
-    of = policy()
+@pytest.mark.parametrize("rows", [16, 1], ids=["a number each", "one for all"])
+def test_the_copy_decides_as_the_table_does(rows: int, caplog: pytest.LogCaptureFixture) -> None:
+    of = policy(rows)
     with caplog.at_level(logging.INFO, "moectl.controller.clone"):
         loss = copied(of, 250)
     assert loss < 0.5

@@ -16,7 +16,9 @@ import torch
 from moectl.cli import _run
 from moectl.controller import eval as evaluation
 from moectl.controller.execution import Objective
-from moectl.controller.profile import grid_plans
+from moectl.controller.latency import fit, read_estimator
+from moectl.controller.plans import plan_from
+from moectl.controller.profile import grid_plans, random_plans
 from moectl.controller.records import record
 from moectl.controller.rivals import oracle
 from moectl.controller.simulator import Simulator
@@ -74,6 +76,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tables.mkdir()
     write_json(tables / "lut.json", table().plain())
     write_json(tables / "overhead.json", {"controller_ms": 2.0})
+    inner = Simulator(1, 42, "val")
+    plans = random_plans(inner.space, 30, 0)
+    fitted = fit([record("a", plan, inner.execute(0, plan)) for plan in plans], 16)
+    write_json(tables / "latency.json", fitted.plain())
     return root
 
 
@@ -268,6 +274,25 @@ def test_shares_of_the_full_plan_are_budgets(own: Path, controller: Call) -> Non
     found = json.loads(out)
     full = found["full_latency"]
     assert found["budgets"] == [100, *(float(f"{share * full:.4g}") for share in (0.5, 1.0))]
+
+
+def test_times_of_tables_are_those_of_the_estimator(own: Path, controller: Call) -> None:
+    tables = own.parents[1] / "tables"
+    words = ("--latency-source", "table", "--tables", str(tables), "--baseline", "random")
+    assert controller("eval", *words, "--budget", "150", "--quiet")[0] == 0
+    folder = own / "evals" / "test@best_model"
+    estimator, inner = read_estimator(tables / "latency.json"), Simulator(1, 42, "test")
+    for line in predictions(folder, "150", "random"):
+        done, plan = line["execution"], plan_from(line["plan"], inner.space)
+        tokens = done["vision_tokens"] + done["text_tokens"]
+        times = estimator.timings(plan, done["crops"], tokens, done["timings"]["new_tokens"])
+        assert line["latency"] == pytest.approx(times.latency("total"))
+        assert line["latency"] != pytest.approx(
+            sum(done["timings"][stage] for stage in ("vision", "prefill", "decode"))
+        )
+    for policy in ("random", "controller"):
+        (found,) = metrics(read(folder), policy).values()
+        assert found["avg_latency_ms"] == pytest.approx(sum(found["stages_ms"].values()))
 
 
 def test_the_same_command_finds_the_same(own: Path, controller: Call) -> None:

@@ -170,6 +170,7 @@ def test_knobs_are_drawn_within_their_limits(drawn: Draw) -> None:
     heights = [[bar.get_height() for bar in part] for part in tiers.containers]
     assert np.allclose(np.sum(heights, 0), 1)
     assert np.allclose(heights[0], [0.125, 0.25, 0.375])
+    assert np.allclose([bar.get_y() for bar in tiers.containers[2]], [0.625, 0.75, 0.875])
     assert experts.get_lines()[0].get_ydata().tolist() == [5, 6, 7]
     low, high = experts.get_ylim()
     assert 3.5 < low < 4 < 8 < high < 8.5

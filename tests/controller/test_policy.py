@@ -38,8 +38,16 @@ SMALL = Space(
     tiers=(Tier("low", 1, 3, 3), Tier("high", 9, 12, 12)),
 )
 MIXED = replace(SMALL, mixtures=(True, True, False, True), always_on=(0, 3), min_active=2)
+PLAIN = replace(SMALL, mixtures=(True, True, False, False))  # perhaps without a choice
 DENSE = replace(SMALL, mixtures=(False,) * 4, default_top_k=0, top_k_choices=())
-SPACES = {"all blocks have experts": SMALL, "some have": MIXED, "none has": DENSE}
+SPACES = {
+    "all have experts": (SMALL, False),
+    "some have": (MIXED, False),
+    "none has": (DENSE, False),
+    "all share a number": (SMALL, True),
+    "some share a number": (MIXED, True),
+    "one may have a number to share": (PLAIN, True),
+}
 MANY = 20000
 
 
@@ -47,14 +55,14 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def scores(space: Space, batch: int = 1, seed: int = 0) -> Scores:
+def scores(space: Space, batch: int = 1, seed: int = 0, *, shared: bool = False) -> Scores:
     """Logits in double precision that prefer some choices clearly."""
     choices = max(1, len(space.top_k_choices))
     shapes = {
         "tier": (batch, len(space.tiers)),
         "count": (batch, len(space.counts)),
         "blocks": (batch, len(space.optional)),
-        "top_k": (batch, space.blocks, choices),
+        "top_k": (batch, 1 if shared else space.blocks, choices),
     }
     source = generator(seed)
     return Scores(**{k: torch.randn(v, generator=source).double() for k, v in shapes.items()})
@@ -88,18 +96,21 @@ def every_probability(of: Scores, space: Space) -> dict[str, float]:
         for drawn in permutations(range(len(logits)), wanted):
             runs = {*space.always_on, *(space.optional[place] for place in drawn)}
             free = [block for block in runs if space.free[block]]
-            for chosen in product(range(len(space.top_k_choices)), repeat=len(free)):
+            # Blocks that have their number together, and the row of that.
+            sets = [(free, 0)] * bool(free) if of.shared else [([block], block) for block in free]
+            for chosen in product(range(len(space.top_k_choices)), repeat=len(sets)):
                 top_k = list(space.uniform(space.default_top_k))
                 total = part * order_probability(logits, drawn)
-                for block, place in zip(free, chosen, strict=True):
-                    top_k[block] = space.top_k_choices[place]
-                    total *= probability(of.top_k[0, block], place)
+                for (blocks, row), place in zip(sets, chosen, strict=True):
+                    total *= probability(of.top_k[0, row], place)
+                    for block in blocks:
+                        top_k[block] = space.top_k_choices[place]
                 active = tuple(block in runs for block in range(space.blocks))
                 found[Plan(space.tiers[tier].name, active, tuple(top_k)).key()] += total
     return found
 
 
-def every_choice(space: Space) -> Iterator[Choice]:
+def every_choice(space: Space, *, shared: bool) -> Iterator[Choice]:
     """Each way to come to a plan once; where all blocks run, their order is no choice."""
     optional, sizes = len(space.optional), max(1, len(space.top_k_choices))
     for tier, count in product(range(len(space.tiers)), range(len(space.counts))):
@@ -109,8 +120,9 @@ def every_choice(space: Space) -> Iterator[Choice]:
             orders = {(): tuple(range(optional))}
         for order in orders.values():
             runs = {*space.always_on, *(space.optional[place] for place in order[:wanted])}
-            sets = [range(sizes if space.free[b] and b in runs else 1) for b in range(space.blocks)]
-            for top_k in product(*sets):
+            free = [space.free[block] and block in runs for block in range(space.blocks)]
+            free = [any(free)] if shared else free
+            for top_k in product(*(range(sizes if chosen else 1) for chosen in free)):
                 values = ([tier], [count], [list(order)], [list(top_k)])
                 yield Choice(*(torch.tensor(value) for value in values))
 
@@ -121,7 +133,7 @@ def joined(choices: list[Choice]) -> Choice:
 
 def log_probs(of: Scores, choice: Choice, space: Space, *, learned: bool = True) -> Tensor:
     fixed = () if learned else space.optional
-    parts = chosen_parts(plans(choice, space, fixed), space)
+    parts = chosen_parts(plans(choice, space, fixed), space, shared=of.shared)
     return log_prob(of, choice, *parts, learned=learned)
 
 
@@ -136,16 +148,18 @@ def surprise(seen: Counter[str], expected: dict[str, float]) -> float:
     return ((square / free) ** (1 / 3) - 1 + spread) / math.sqrt(spread)
 
 
-@pytest.mark.parametrize("space", SPACES.values(), ids=SPACES)
-def test_probabilities_of_all_plans_are_those_of_drawing_one_by_one(space: Space) -> None:
-    of = scores(space)
-    choices = joined([*every_choice(space)])
+@pytest.mark.parametrize(("space", "shared"), SPACES.values(), ids=SPACES)
+def test_probabilities_of_all_plans_are_those_of_drawing_one_by_one(
+    space: Space, shared: bool
+) -> None:
+    of = scores(space, shared=shared)
+    choices = joined([*every_choice(space, shared=shared)])
     found: dict[str, float] = defaultdict(float)
     probabilities = log_probs(repeated(of, len(choices.tier)), choices, space).exp()
     for plan, value in zip(plans(choices, space), probabilities.tolist(), strict=True):
         found[plan.key()] += value
     assert sum(found.values()) == pytest.approx(1, abs=1e-12)
-    assert len(found) == space.size
+    assert shared or len(found) == space.size
     assert found == pytest.approx(every_probability(of, space))
 
 
@@ -179,9 +193,9 @@ def test_orders_of_extreme_logits_stay_finite() -> None:
     assert order_log_prob(logits, order.flip(1), torch.tensor([1])).item() == pytest.approx(-2e4)
 
 
-@pytest.mark.parametrize("space", [SMALL, MIXED], ids=["all", "some"])
-def test_draws_are_as_frequent_as_their_probabilities_say(space: Space) -> None:
-    of = scores(space, seed=1)
+@pytest.mark.parametrize(("space", "shared"), [(SMALL, False), (MIXED, False), (PLAIN, True)])
+def test_draws_are_as_frequent_as_their_probabilities_say(space: Space, shared: bool) -> None:
+    of = scores(space, seed=1, shared=shared)
     drawn = plans(draw(repeated(of, MANY), generator()), space)
     for plan in drawn:
         plan.check(space)
@@ -190,7 +204,7 @@ def test_draws_are_as_frequent_as_their_probabilities_say(space: Space) -> None:
     assert set(seen) <= set(expected)
     assert abs(surprise(seen, expected)) < 3
     # Other logits would be noticed.
-    assert surprise(seen, every_probability(scores(space, seed=2), space)) > 10
+    assert surprise(seen, every_probability(scores(space, seed=2, shared=shared), space)) > 10
 
 
 def test_each_part_is_as_frequent_as_its_probabilities_say() -> None:
@@ -328,4 +342,11 @@ def test_heads_without_a_choice_have_no_entropy() -> None:
     assert entropies(scores(DENSE), DENSE).keys() == {"tier", "count", "blocks"}
     assert entropies(scores(SMALL), SMALL, learned=False).keys() == {"tier", "count", "top_k"}
     first = replace(SMALL, mixtures=(True, False, False, False))
-    assert "top_k" not in entropies(scores(first), first)
+    for shared in (False, True):
+        assert "top_k" not in entropies(scores(first, shared=shared), first)
+
+
+def test_a_shared_number_has_one_entropy() -> None:
+    of = scores(MIXED, 3, shared=True)
+    alone = entropies(of._replace(tier=of.top_k[:, 0]), MIXED)
+    assert alone["top_k"].item() == pytest.approx(alone["tier"].item())

@@ -51,9 +51,9 @@ class Counted(Simulator):
         return super().execute(row, plan)
 
 
-def policy(seed: int = 0, sharpness: float = 1.0) -> Policy:
+def policy(seed: int = 0, sharpness: float = 1.0, rows: int = 16) -> Policy:
     torch.manual_seed(seed)
-    built = build(ARGUMENTS)
+    built = build({**ARGUMENTS, "controller": {**ARGUMENTS["controller"], "blocks": rows}})
     with torch.no_grad():
         for head in ("tier_head", "count_head", "block_head", "top_k_head"):
             getattr(built.controller, head).weight.mul_(sharpness)
@@ -198,16 +198,24 @@ def test_a_fixed_order_rules_draws_and_decisions() -> None:
     assert len({len(plan.blocks) for plan in rolled.plans}) > 1
 
 
+@pytest.mark.parametrize("rows", [16, 1])
 @pytest.mark.parametrize("fixed", [(), ORDER])
-def test_log_probabilities_are_those_of_the_draws(fixed: tuple[int, ...]) -> None:
-    of = player(fixed=fixed)
+def test_log_probabilities_are_those_of_the_draws(fixed: tuple[int, ...], rows: int) -> None:
+    of = player(policy(rows=rows), fixed)
     found = roll_out(of)
     scores = repeat(of.scores(ROWS, BUDGETS), 5)
-    parts = chosen_parts(found.plans, SPACE)
+    parts = chosen_parts(found.plans, SPACE, shared=rows == 1)
     expected = log_prob(scores, found.choice, *parts, learned=not fixed)
     log_probs = of.log_probs(scores, found)
     assert torch.equal(log_probs, expected)
     assert (log_probs < 0).all()
+
+
+def test_all_blocks_may_share_a_number_of_experts() -> None:
+    of = player(policy(rows=1))
+    chosen = [plan.top_k for plan in [*roll_out(of).plans, *of.decide(ROWS, BUDGETS)]]
+    assert all(len(set(top_k[1:])) == 1 and top_k[0] == 8 for top_k in chosen)
+    assert len(set(chosen)) > 1
 
 
 def test_scores_are_repeated_question_by_question() -> None:
