@@ -1,7 +1,7 @@
 """The commands of controller."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -19,6 +19,7 @@ def _size(settings: Any) -> dict[str, Any]:
 _ASKED = ("data", "backbone", "latency")
 _DROPPED = {
     "--results-dir": "use --out DIR, or --name; nothing was read from that folder",
+    "--output-dir": "use --out DIR for the run folder, or MOECTL_RUNS for the folder of all runs",
     "--use-multi-gpu": "start it as: accelerate launch -m moectl controller grpo …",
 }
 
@@ -74,7 +75,7 @@ def eval_(request: Request) -> None:
     ("backbone", "latency"),
     train=False,
     reads=("grpo",),
-    standalone=("plan",),
+    standalone=("plan", "policy=lut"),
     alias="--checkpoint",
 )
 def infer(  # noqa: PLR0913 - the options of a command
@@ -82,14 +83,15 @@ def infer(  # noqa: PLR0913 - the options of a command
     image: Annotated[Path | None, typer.Option("--image", help="The image.")] = None,
     prompt: Annotated[str, typer.Option("--prompt", help="The question.")] = "",
     budget: Annotated[
-        float | None, typer.Option("--budget", min=0.001, help="Latency allowed, in ms.")
-    ] = None,
+        str, typer.Option("--budget", help="Latency allowed, in ms; several with commas.")
+    ] = "",
     questions: Annotated[
         Path | None,
         typer.Option("--questions", help="JSON lines with image, question, budget instead."),
     ] = None,
     policy: Annotated[
-        str, typer.Option("--policy", help="controller, or lut: the lookup table.")
+        Literal["controller", "lut"],
+        typer.Option("--policy", help="Who chooses the plan; lut: the lookup table."),
     ] = "controller",
     plan: Annotated[
         Path | None, typer.Option("--plan", help="A JSON file with the plan to run instead.")
@@ -106,17 +108,16 @@ def infer(  # noqa: PLR0913 - the options of a command
     ] = 0.05,
 ) -> None:
     """Answer a question within a budget."""
-    from moectl.controller.infer import asked, run_infer, shown
+    from moectl.controller import infer
+    from moectl.controller.questions import questions_of
 
-    found = run_infer(
-        request,
-        asked(image, prompt, budget, questions),
-        str(plan) if plan else policy,
-        target_violation if guard else 0.0,
-        compare=compare,
-    )
-    document = found[0] if questions is None else {"answers": found}
-    console.result(document, "\n".join(shown(one) for one in found))
+    asked = questions_of(image, prompt, budget, questions)
+    choice = infer.Choice("plan" if plan else policy, plan, target_violation if guard else 0.0)
+    found = infer.run_infer(request, asked, choice, compare=compare)
+    if questions is None and len(found) == 1:
+        console.result(found[0], infer.shown(found[0]))
+    else:
+        console.result(infer.summary(found), infer.shown_all(found))
 
 
 @command(ControllerSettings, (), train=None)

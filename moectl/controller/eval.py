@@ -3,7 +3,6 @@
 Letters: N questions.
 """
 
-import json
 import logging
 import platform
 import statistics
@@ -39,7 +38,7 @@ from moectl.controller.rollout import Player
 from moectl.controller.samples import shuffled
 from moectl.controller.settings import Policy
 from moectl.controller.timing import Clock
-from moectl.controller.weights import open_policy
+from moectl.controller.weights import open_policy, require_space
 from moectl.controller.world import World, full_latency, open_world
 from moectl.engine import console
 from moectl.engine.command import Request
@@ -143,14 +142,7 @@ def open_trained(request: Request) -> Opened:
 
 
 def _check(path: Path, facts: Mapping[str, Any], world: World, known: Mapping[str, Any]) -> None:
-    here = json.loads(json.dumps(world.space.plain()))
-    if different := [name for name in here if facts["space"].get(name) != here[name]]:
-        name = different[0]
-        raise UserError(
-            f"{path}: chooses plans with {name} = {facts['space'].get(name)}, but"
-            f" {world.facts['model']} has {here[name]}",
-            "measure it with the network that it was trained for",
-        )
+    require_space(path, facts, world.space, world.facts["model"])
     if known["unit"] != world.pricing.unit:
         raise UserError(
             f"{path}: was trained for budgets in {known['unit']}, latencies are in"

@@ -80,7 +80,7 @@ class Executor:
         """Answer question number `row` by a plan."""
         sample = self.samples[row]
         inputs, vision, vision_ms = self.encode(row, plan.tier)
-        most = self.max_new_tokens or _LONG.get(sample.dataset, _SHORT)
+        most = self.max_new_tokens or longest(sample.dataset)
         answers = [
             generate(
                 self.backbone,
@@ -131,6 +131,11 @@ class Executor:
             vision = self.backbone.encode(inputs, opened.view)
             opened.encoded[tier] = (inputs, vision, opened.view_ms + self.clock.since(start))
         return opened.encoded[tier]
+
+
+def longest(dataset: str) -> int:
+    """Return the tokens of the longest answer that suits a data set."""
+    return _LONG.get(dataset, _SHORT)
 
 
 def _corpus(samples: Sequence[Sample]) -> Corpus | None:

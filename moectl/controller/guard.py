@@ -1,13 +1,14 @@
 """A plan made cheaper, move by move, until its predicted latency fits a budget."""
 
-import logging
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
+
+import numpy as np
 
 from moectl.controller.plans import Plan, Space
 from moectl.controller.table import Table
-
-log = logging.getLogger(__name__)
 
 _FREE = 1e-3  # accuracy that even a harmless move is taken to cost
 
@@ -20,26 +21,25 @@ def fit_budget(
     space: Space,
     order: Sequence[int],
 ) -> Plan:
-    """Return the plan, or a cheaper one that is predicted to stay below a limit.
+    """Return the plan, or a cheaper one that is predicted not to exceed a limit.
 
     Of all moves (a tier lower, one expert fewer in every block, one block fewer) that one is made
-    which saves most for what it costs in accuracy, again and again. If nothing is left to save, the
-    cheapest plan is returned.
+    which saves most of what is too much for what it costs in accuracy, again and again. If none of
+    them saves anything any more, what is left is returned: the cheapest plan.
 
     Args:
         plan: to begin with.
-        limit: latency to stay below.
+        limit: largest latency.
         predict: latency of a plan.
         value: accuracy to expect of a plan.
         space: of the plans.
         order: all blocks, those to keep first.
     """
     while (now := predict(plan)) > limit:
-        worth = value(plan)
-        moves = [
-            ((now - predict(move)) / (max(0.0, worth - value(move)) + _FREE), number, move)
-            for number, move in enumerate(cheaper(plan, space, order))
-        ]
+        worth, moves = value(plan), []
+        for number, move in enumerate(cheaper(plan, space, order)):
+            saved = now - max(limit, predict(move))
+            moves.append((saved / (max(0.0, worth - value(move)) + _FREE), number, move))
         gain, _, best = max(moves, default=(0.0, 0, plan))
         if gain <= 0:
             return plan
@@ -68,24 +68,28 @@ def cheaper(plan: Plan, space: Space, order: Sequence[int]) -> Iterator[Plan]:
 def expected_accuracy(table: Table, space: Space) -> Callable[[Plan], float]:
     """Return what a lookup table lets expect of a plan: the sum of what its parts add.
 
-    Each part adds by how much the mean of its rows differs from the mean of all.
+    Each part adds by how much the mean of its rows differs from the mean of all. Between numbers of
+    experts or blocks that the table has, a straight line is drawn.
     """
-    means = {}
-    for name in ("tier", "top_k", "count"):
-        groups: dict[object, list[float]] = {}
-        for row in table.rows:
-            groups.setdefault(getattr(row, name), []).append(row.accuracy)
-        means[name] = {part: sum(found) / len(found) for part, found in groups.items()}
-    overall = sum(row.accuracy for row in table.rows) / len(table.rows)
-
-    def near(name: str, wanted: float) -> float:
-        known = sorted(means[name], key=lambda part: (abs(float(str(part)) - wanted), str(part)))
-        return means[name][known[0]]
+    overall = statistics.fmean(row.accuracy for row in table.rows)
+    tiers, experts, counts = (_means(table, name) for name in ("tier", "top_k", "count"))
 
     def value(plan: Plan) -> float:
         mixtures = [plan.top_k[block] for block in plan.blocks if space.free[block]]
-        top_k = sum(mixtures) / len(mixtures) if mixtures else 0.0
-        parts = means["tier"][plan.tier] + near("top_k", top_k) + near("count", len(plan.blocks))
-        return parts - 2 * overall
+        top_k = statistics.fmean(mixtures) if mixtures else 0.0
+        parts = tiers.get(plan.tier, overall) + _between(experts, top_k)
+        return parts + _between(counts, len(plan.blocks)) - 2 * overall
 
     return value
+
+
+def _means(table: Table, name: str) -> dict[Any, float]:
+    """Return the mean accuracy of the rows by one of their parts."""
+    groups: dict[Any, list[float]] = {}
+    for row in table.rows:
+        groups.setdefault(getattr(row, name), []).append(row.accuracy)
+    return {part: statistics.fmean(found) for part, found in sorted(groups.items())}
+
+
+def _between(means: dict[Any, float], wanted: float) -> float:
+    return float(np.interp(wanted, list(means), list(means.values())))

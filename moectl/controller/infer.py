@@ -1,197 +1,283 @@
-"""Answers questions within a budget: plan, answer, predicted and measured latency."""
+"""Answers questions within a budget: plan, answer, predicted and measured latency.
 
-import json
+To read, tile and resize an image is no part of a latency, here as in training.
+"""
+
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from moectl.controller.backbone import Backbone, View, generate
-from moectl.controller.environment import Features
+from moectl.controller.backbone import Backbone, Inputs, generate
 from moectl.controller.execution import Timings
+from moectl.controller.executor import longest
 from moectl.controller.guard import expected_accuracy, fit_budget
 from moectl.controller.latency import margin
 from moectl.controller.open import open_backbone
 from moectl.controller.plans import Plan, plan_from
 from moectl.controller.policy import decide, plans
+from moectl.controller.questions import Question
 from moectl.controller.timing import Clock
-from moectl.controller.weights import open_policy
-from moectl.controller.world import Tables, find_model, read_tables
+from moectl.controller.weights import open_policy, require_space
+from moectl.controller.world import (
+    SIMULATED,
+    Tables,
+    check_tables,
+    find_model,
+    importance_of,
+    pinned,
+    read_tables,
+)
+from moectl.engine import console
 from moectl.engine.command import Request
 from moectl.engine.errors import UserError
-from moectl.engine.files import read_json
+from moectl.engine.files import is_file, read_json
 from moectl.engine.images import read_image
 from moectl.engine.references import find_weights, split_reference
 from moectl.engine.run import read_record
 
 log = logging.getLogger(__name__)
 
-_LONGEST = 128  # tokens of an answer
+_UNSET = ("default", "settings.toml")
+_PROFILE = "--tables of a run of moectl controller profile"
 
 
 @dataclass(frozen=True)
-class Question:
-    """What is asked, within which budget."""
+class Choice:
+    """What chooses the plans."""
 
-    image: Path
-    question: str
-    budget: float
+    by: Literal["controller", "lut", "plan"]
+    plan: Path | None = None
+    """A file with the plan of all answers."""
+    target: float = 0.0
+    """Share of budgets that the guard may miss; 0 for no guard."""
+
+
+class _Asked:
+    """A question whose image is open, and what is known of it so far."""
+
+    def __init__(self, backbone: Backbone, clock: Clock, question: Question, style: str) -> None:
+        self.question, self._backbone, self._clock, self._style = question, backbone, clock, style
+        self._image = read_image(question.image)
+        start = clock.now()
+        self.view = backbone.look(self._image)
+        self.view_ms = clock.since(start)
+        self.prepare_ms = 0.0
+        self._inputs: dict[str, Inputs] = {}
+
+    def inputs(self, tier: str) -> Inputs:
+        """Return the question and the image as a tier has them."""
+        if tier not in self._inputs:
+            start = self._clock.now()
+            self._inputs[tier] = self._backbone.prepare(
+                self._image, self.question.question, self._style, tier
+            )
+            self.prepare_ms += self._clock.since(start)
+        return self._inputs[tier]
 
 
 class Answerer:
     """A network with what chooses its plans: a trained controller, a lookup table, or one plan.
 
+    Limit: predictions, and so the guard, take every answer to be as long as those of the tables
+    are on average.
+
     Args:
         request: the command line.
-        chooser: `controller`, `lut`, or a file with a plan.
-        target: share of budgets that the guard may miss; 0 for no guard.
+        choice: what chooses the plans.
 
     Raises:
-        UserError: if something that this needs is missing.
+        UserError: if something that this needs is missing, or is of another network.
     """
 
-    def __init__(self, request: Request, chooser: str, target: float) -> None:
-        settings: Any = request.settings
-        self.settings = settings
+    def __init__(self, request: Request, choice: Choice) -> None:
         world = read_record(request.folder).get("world", {}) if request.folder else {}
-        device = torch.device("cpu" if request.cpu or not torch.cuda.is_available() else "cuda")
-        model = world.get("model") or find_model(settings.backbone.model)
-        if model == "sim":
+        self.settings: Any = pinned(request.settings, world)
+        self.latency = self.settings.latency
+        if self.settings.backbone.model == SIMULATED:
             raise UserError(
                 "the simulation answers no questions", "--run of a controller of a network"
             )
-        section = settings.backbone
-        self.backbone: Backbone = open_backbone(
+        self.tables = _tables(request, choice, world)
+        self._kept = self._margin(choice.target) if choice.target else None
+        model = self._model(request)
+        self.clock, self.backbone = self._open(model, request)
+        space = self.backbone.space
+        self.order: tuple[int, ...] = ()
+        if self.tables.lut is not None:
+            self.order = importance_of(self.settings, space, self.tables, model)[1]
+        check_tables(self.tables, space, self.order)
+        self.limits: list[float] = world.get("budgets", []) if choice.by == "controller" else []
+        self.choose = self._chooser(request, choice, world)
+        self.choice_ms = (self.tables.controller_ms or 0.0) if choice.by == "controller" else 0.0
+        data: tuple[str, ...] = self.settings.data.dataset if request.folder else ()
+        self.style = data[0] if len(data) == 1 else "vqa"
+        self.most = self.settings.backbone.max_new_tokens or longest(self.style)
+        known = self.tables.lut.metadata if self.tables.lut else {}
+        self.typical = round(known.get("new_tokens", self.most))
+
+    @property
+    def _counts_work(self) -> bool:
+        return bool(self.latency.source == "flops")
+
+    def _model(self, request: Request) -> str:
+        """Return the network of the settings; without a run, that of the table."""
+        table, named = self.tables.lut, request.origin.get("backbone.model", "default")
+        if request.folder is None and table is not None and named == "default":
+            return str(table.metadata.get("model", self.settings.backbone.model))
+        return find_model(self.settings.backbone.model)
+
+    def _open(self, model: str, request: Request) -> tuple[Clock, Backbone]:
+        device = torch.device("cpu" if request.cpu or not torch.cuda.is_available() else "cuda")
+        try:
+            clock = Clock(device, self.latency.clock)
+        except ValueError as error:
+            raise UserError(f"latency.clock = {self.latency.clock}: {error}") from None
+        section = self.settings.backbone
+        return clock, open_backbone(
             model, device=device, dtype=section.dtype, experts=section.experts
         )
-        self.clock = Clock(device, settings.latency.clock)
-        reference = settings.latency.tables or world.get("tables", "")
-        self.tables: Tables = read_tables(reference, settings.latency)
-        self.order = tuple(world.get("order", range(self.backbone.space.blocks)))
-        self.chooser, self.target = chooser, target
-        self.policy = None
-        if chooser == "controller":
-            name, tag = split_reference(request.run)
-            weights = find_weights(f"{name}@{tag or 'best'}", request.room)
-            self.policy = open_policy(weights)[0]
-        elif chooser == "lut" and self.tables.lut is None:
-            raise UserError(
-                "there is no lookup table", "--tables of a run of moectl controller profile"
-            )
-        if target and (self.tables.estimator is None or self.tables.lut is None):
-            raise UserError(
-                "the guard needs a fitted latency and a lookup table",
-                "--tables of a run of moectl controller profile",
-            )
 
-    def answer(self, asked: Question, *, compare: bool) -> dict[str, Any]:
+    def _margin(self, target: float) -> float:
+        """Return the share of a budget that the guard keeps free."""
+        estimator = self.tables.estimator
+        if self.tables.lut is None or (estimator is None and not self._counts_work):
+            raise UserError("the guard needs a fitted latency and a lookup table", _PROFILE)
+        if estimator is None or self._counts_work:
+            return 0.0
+        try:
+            return margin(estimator.residuals[self.latency.objective], target)
+        except ValueError as error:
+            raise UserError(f"--target-violation {target}: {error}") from None
+
+    def _chooser(
+        self, request: Request, choice: Choice, world: dict[str, Any]
+    ) -> Callable[[_Asked], Plan]:
+        space, table = self.backbone.space, self.tables.lut
+        if choice.plan is not None:
+            plan = read_plan(choice.plan, self.backbone)
+            return lambda _: plan
+        if choice.by == "lut":
+            assert table is not None, "checked when tables were read"
+            return lambda asked: table.plan(table.best(asked.question.budget), space, self.order)
+        name, tag = split_reference(request.run)
+        path = Path(name) if is_file(Path(name)) else None
+        path = path or find_weights(f"{request.folder}@{tag or 'best'}", request.room)
+        policy, facts = open_policy(path)
+        require_space(path, facts, space, self.backbone.name)
+        learned = self.settings.policy.blocks in ("auto", "learned")
+        fixed = () if learned else [block for block in world["order"] if block in space.optional]
+
+        def chosen(asked: _Asked) -> Plan:
+            text = self.backbone.text_feature(asked.question.question).float().cpu()
+            vision = asked.view.feature.float().cpu()
+            with torch.inference_mode():
+                scores = policy(vision[None], text[None], torch.tensor([asked.question.budget]))
+            return plans(decide(scores), space, fixed)[0]
+
+        return chosen
+
+    def answer(self, question: Question, *, compare: bool = False, most: int = 0) -> dict[str, Any]:
         """Answer one question.
 
         Args:
-            asked: the question.
+            question: with its budget.
             compare: answer by the full plan as well.
+            most: tokens after which answers are cut; 0 for those of the settings.
         """
-        image = read_image(asked.image)
+        most = most or self.most
+        asked = _Asked(self.backbone, self.clock, question, self.style)
         start = self.clock.now()
-        view = self.backbone.look(image)
-        view_ms = self.clock.since(start)
-        start = self.clock.now()
-        plan = self._choose(asked, view)
-        guarded = self._guard(plan, image, asked) if self.target else plan
-        controller_ms = self.clock.since(start)
-        found = {
-            "image": str(asked.image), "question": asked.question, "budget": asked.budget,
-            **self._run(guarded, image, asked, view, view_ms, controller_ms),
+        plan = self.choose(asked)
+        guarded = plan if self._kept is None else self._guard(plan, asked, self._kept)
+        taken = self.clock.since(start) - asked.prepare_ms
+        found: dict[str, Any] = {
+            "image": str(question.image), "question": question.question,
+            "budget": question.budget, "unit": "GFLOP" if self._counts_work else "ms",
+            **self._run(guarded, asked, most, taken, self.choice_ms),
         }  # fmt: skip
-        found["within_budget"] = found["latency"] <= asked.budget
-        if guarded != plan:
-            found["before_guard"] = plan.plain()
+        found["within_budget"] = found["latency"] <= question.budget
+        if self._kept is not None:
+            limit = question.budget * (1 - self._kept)
+            fits = self._predicted(guarded, asked) <= limit
+            found["guard"] = {"limit": limit, "fits": fits, "before": plan.plain()}
         if compare:
-            full = self.backbone.space.full
-            found["full"] = self._run(full, image, asked, view, view_ms, 0.0)
+            found["full"] = self._run(self.backbone.space.full, asked, most, 0.0, 0.0)
+        found["prepare_ms"] = asked.prepare_ms
         return found
 
-    def _choose(self, asked: Question, view: View) -> Plan:
-        space = self.backbone.space
-        if self.policy is not None:
-            text = self.backbone.text_feature(asked.question).float().cpu()
-            features = Features(view.feature.float().cpu()[None], text[None])
-            with torch.inference_mode():
-                scores = self.policy(*features, torch.tensor([asked.budget]))
-            world = self.settings.policy.blocks in ("auto", "learned")
-            optional = [block for block in self.order if block in space.optional]
-            return plans(decide(scores), space, () if world else optional)[0]
-        if self.chooser == "lut":
-            table = self.tables.lut
-            assert table is not None, "checked when this was opened"
-            return table.plan(table.best(asked.budget), space, self.order)
-        return read_plan(Path(self.chooser), self.backbone)
-
-    def predict(self, plan: Plan, image: Any, asked: Question) -> Timings | None:
+    def predict(self, plan: Plan, asked: _Asked, choice_ms: float) -> Timings | None:
         """Return the times that the tables let expect; None without any."""
         if self.tables.estimator is None:
             return None
-        inputs = self.backbone.prepare(image, asked.question, "vqa", plan.tier)
-        known = self.tables.lut.metadata.get("new_tokens", 1) if self.tables.lut else 1
-        return self.tables.estimator.timings(plan, inputs.crops, inputs.tokens, round(known))
+        inputs = asked.inputs(plan.tier)
+        times = self.tables.estimator.timings(plan, inputs.crops, inputs.tokens, self.typical)
+        return replace(times, controller=choice_ms)
 
-    def _guard(self, plan: Plan, image: Any, asked: Question) -> Plan:
-        assert self.tables.lut is not None, "checked when this was opened"
-        assert self.tables.estimator is not None, "checked when this was opened"
-        objective = self.settings.latency.objective
-        try:
-            kept = margin(self.tables.estimator.residuals[objective], self.target)
-        except ValueError as error:
-            raise UserError(f"--target-violation {self.target}: {error}") from None
+    def _predicted(self, plan: Plan, asked: _Asked) -> float:
+        """Return what is expected to be held against the budget."""
+        if self._counts_work:
+            return self.backbone.gflop(plan, asked.inputs(plan.tier), self.typical)
+        times = self.predict(plan, asked, self.choice_ms)
+        assert times is not None, "checked with the margin"
+        return times.latency(self.latency.objective)
 
-        def predicted(plan: Plan) -> float:
-            times = self.predict(plan, image, asked)
-            assert times is not None, "there is an estimator"
-            return times.latency(objective) + (self.tables.controller_ms or 0.0)
-
-        space = self.backbone.space
+    def _guard(self, plan: Plan, asked: _Asked, kept: float) -> Plan:
+        assert self.tables.lut is not None, "checked with the margin"
+        space, limit = self.backbone.space, asked.question.budget * (1 - kept)
         value = expected_accuracy(self.tables.lut, space)
-        limit = asked.budget * (1 - kept)
-        found = fit_budget(plan, limit, predicted, value, space, self.order)
-        if predicted(found) > limit:
-            log.warning(
-                "no plan is predicted to stay within %g ms: the cheapest is run", asked.budget
-            )
-        return found
+        return fit_budget(
+            plan, limit, lambda one: self._predicted(one, asked), value, space, self.order
+        )
 
     def _run(
-        self,
-        plan: Plan,
-        image: Any,
-        asked: Question,
-        view: View,
-        view_ms: float,
-        controller_ms: float,
+        self, plan: Plan, asked: _Asked, most: int, choice_ms: float, expected_ms: float
     ) -> dict[str, Any]:
-        inputs = self.backbone.prepare(image, asked.question, "vqa", plan.tier)
+        inputs = asked.inputs(plan.tier)
         start = self.clock.now()
-        vision = self.backbone.encode(inputs, view)
-        vision_ms = view_ms + self.clock.since(start)
+        vision = self.backbone.encode(inputs, asked.view)
         answer = generate(
-            self.backbone, inputs, plan, clock=self.clock, vision=vision, vision_ms=vision_ms,
-            max_new_tokens=self.settings.backbone.max_new_tokens or _LONGEST,
+            self.backbone, inputs, plan, max_new_tokens=most, clock=self.clock, vision=vision,
+            vision_ms=asked.view_ms + self.clock.since(start),
         )  # fmt: skip
-        times = Timings(**{**asdict(answer.timings), "controller": controller_ms})
-        expected = self.predict(plan, image, asked)
-        objective = self.settings.latency.objective
+        times = replace(answer.timings, controller=choice_ms)
+        expected = self.predict(plan, asked, expected_ms)
+        gflop = self.backbone.gflop(plan, inputs, len(answer.tokens))
         return {
             "answer": answer.text.strip(),
             "plan": plan.plain(),
-            "latency": times.latency(objective),
+            "latency": gflop if self._counts_work else times.latency(self.latency.objective),
             "measured": asdict(times),
             "predicted": asdict(expected) if expected else None,
-            "gflop": self.backbone.gflop(plan, inputs, len(answer.tokens)),
+            "gflop": gflop,
             "vision_tokens": inputs.vision_tokens,
             "text_tokens": inputs.text_tokens,
         }
+
+
+def _tables(request: Request, choice: Choice, world: dict[str, Any]) -> Tables:
+    """Read the tables of the command line, else those of the training.
+
+    Where these are gone, the controller does without. A lookup table is needed: without tables of
+    either kind it is that of the newest profile.
+    """
+    latency: Any = request.settings.latency  # type: ignore[attr-defined]
+    given = request.origin.get("latency.tables", "default") not in _UNSET
+    if given or choice.by == "lut":
+        known = "" if given else world.get("tables", "")
+        tables = read_tables(known or latency.tables or "latest", latency)
+        if choice.by == "lut" and tables.lut is None:
+            raise UserError("there is no lookup table", f"{_PROFILE} --what grid")
+        return tables
+    try:
+        return read_tables(world.get("tables", ""), latency)
+    except UserError as error:
+        log.warning("%s: no latency is predicted", error.message)
+        return Tables()
 
 
 def read_plan(path: Path, backbone: Backbone) -> Plan:
@@ -201,115 +287,100 @@ def read_plan(path: Path, backbone: Backbone) -> Plan:
         UserError: if it is none of this network.
     """
     values = read_json(path)
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: not a plan", 'expected {"tier": …, "blocks": […], "top_k": […]}')
     try:
         return plan_from(values, backbone.space)
-    except (KeyError, TypeError) as error:
-        raise UserError(
-            f"{path}: not a plan ({type(error).__name__}: {error})",
-            'expected {"tier": …, "blocks": […], "top_k": […]}',
-        ) from None
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
 
 
-def read_questions(path: Path, budget: float | None) -> Iterator[Question]:
-    """Read questions from a file of JSON lines: `image`, `question`, and perhaps `budget`.
-
-    Raises:
-        UserError: naming the line that is not as it should be.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            values = json.loads(line)
-            allowed = values.get("budget", budget)
-            image = path.parent / values["image"]
-            question = str(values["question"])
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise UserError(
-                f"{path}, line {number}: expected image and question ({error})"
-            ) from None
-        if not isinstance(allowed, int | float) or not allowed > 0:
-            raise UserError(
-                f"{path}, line {number}: no budget above 0", "--budget sets one for all"
-            )
-        yield Question(image, question, float(allowed))
-
-
-def asked(
-    image: Path | None, prompt: str, budget: float | None, questions: Path | None
-) -> list[Question]:
-    """Return what the command line asks.
-
-    Raises:
-        UserError: if it does not say what.
-    """
-    if questions is not None:
-        if image is not None or prompt:
-            raise UserError("--questions excludes --image and --prompt")
-        found = list(read_questions(questions, budget))
-        if not found:
-            raise UserError(f"{questions}: holds no question")
-        return found
-    if image is None or not prompt or budget is None:
-        raise UserError("expected --image, --prompt and --budget, or --questions FILE")
-    return [Question(image, prompt, budget)]
-
-
 def run_infer(
-    request: Request, questions: Sequence[Question], chooser: str, target: float, *, compare: bool
+    request: Request, questions: Sequence[Question], choice: Choice, *, compare: bool = False
 ) -> list[dict[str, Any]]:
     """Answer questions, one after another.
 
     Args:
         request: the command line.
         questions: what is asked.
-        chooser: `controller`, `lut`, or a file with a plan.
-        target: share of budgets that the guard may miss; 0 for no guard.
+        choice: what chooses the plans.
         compare: answer by the full plan as well.
     """
-    answerer = Answerer(request, chooser, target)
-    for _ in range(request.settings.latency.warmup):  # type: ignore[attr-defined]
-        answerer.answer(questions[0], compare=compare)
-    return [answerer.answer(asked, compare=compare) for asked in questions]
+    answerer = Answerer(request, choice)
+    _warn(answerer.limits, questions)
+    for _ in range(answerer.latency.warmup):
+        answerer.answer(questions[0], compare=compare, most=2)  # first calls are slow
+    found = []
+    with console.progress(len(questions)) as bar:
+        for number, question in enumerate(questions, 1):
+            found.append(answerer.answer(question, compare=compare))
+            bar.update(number, "")
+    return found
+
+
+def _warn(limits: Sequence[float], questions: Sequence[Question]) -> None:
+    for budget in sorted({question.budget for question in questions}):
+        if limits and not limits[0] * 0.99 <= budget <= limits[1] * 1.01:
+            log.warning(
+                "budget %g is outside of what the controller was trained for: %.4g to %.4g",
+                budget, *limits,
+            )  # fmt: skip
+
+
+def summary(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return all answers as one document."""
+    return {
+        "answers": list(found),
+        "within_budget": statistics.fmean(one["within_budget"] for one in found),
+        "latency": statistics.fmean(one["latency"] for one in found),
+    }
 
 
 def shown(found: dict[str, Any]) -> str:
     """Return an answer as text for people: answer, plan, latency by stage."""
-    plan = found["plan"]
-    state = "within" if found["within_budget"] else "over"
+    state, unit = "within" if found["within_budget"] else "over", found["unit"]
     lines = [
         found["answer"],
-        f"  plan      {plan['tier']}; {len(plan['blocks'])} blocks of {len(plan['top_k'])};"
-        f" experts {_experts(plan)}",
-        f"  latency   {found['latency']:.1f} ms, {state} the budget of {found['budget']:g} ms",
+        f"  plan      {_words(found['plan'])}",
+        f"  latency   {found['latency']:.4g} {unit}, {state} the budget of {found['budget']:g}",
         _stages("measured", found["measured"]),
     ]
     if found["predicted"]:
         lines.append(_stages("predicted", found["predicted"]))
-    if "before_guard" in found:
-        before = found["before_guard"]
-        lines.append(
-            f"  guard     had to give up {before['tier']}; {len(before['blocks'])} blocks; experts"
-            f" {_experts(before)}"
-        )
+    if guard := found.get("guard"):
+        lines.append(f"  guard     {_guarded(guard, found['plan'], unit)}")
     if full := found.get("full"):
         lines.append(
-            f"  full plan {full['answer']!r} in {full['latency']:.1f} ms,"
-            f" {full['gflop']:.2f} GFLOP, {full['vision_tokens']} image tokens; this plan"
-            f" {found['gflop']:.2f} GFLOP, {found['vision_tokens']} image tokens"
+            f"  full plan {full['answer']!r}: {full['latency']:.4g} {unit}, {full['gflop']:.2f}"
+            f" GFLOP, {full['vision_tokens']} image tokens; this plan {found['gflop']:.2f} GFLOP,"
+            f" {found['vision_tokens']} image tokens"
         )
     return "\n".join(lines)
 
 
-def _experts(plan: dict[str, Any]) -> str:
+def shown_all(found: Sequence[dict[str, Any]]) -> str:
+    """Return several answers as text for people, each with what was asked."""
+    parts = [f"{one['image']}: {one['question']}\n{shown(one)}" for one in found]
+    within = sum(one["within_budget"] for one in found)
+    mean = f"{summary(found)['latency']:.4g} {found[0]['unit']}"
+    return "\n\n".join([*parts, f"{within} of {len(found)} within their budgets; mean {mean}"])
+
+
+def _words(plan: dict[str, Any]) -> str:
     used = sorted({plan["top_k"][block] for block in plan["blocks"]} - {0})
-    return "none" if not used else str(used[0]) if len(used) == 1 else f"{used[0]} to {used[-1]}"
+    experts = f"; experts {used[0]}" if used else ""
+    if len(used) > 1:
+        experts += f" to {used[-1]}"
+    return f"{plan['tier']}; {len(plan['blocks'])} blocks of {len(plan['top_k'])}{experts}"
+
+
+def _guarded(guard: dict[str, Any], plan: dict[str, Any], unit: str) -> str:
+    limit = f"{guard['limit']:.4g} {unit}"
+    if not guard["fits"]:
+        return f"no plan is predicted to take at most {limit}: the cheapest ran"
+    if guard["before"] == plan:
+        return f"the plan is predicted to take at most {limit}"
+    return f"predicted to take at most {limit}, unlike {_words(guard['before'])}"
 
 
 def _stages(name: str, times: dict[str, float]) -> str:

@@ -48,6 +48,7 @@ class Ledger:
         self.plateau, self.arguments = plateau, arguments
         self.tally = Tally()
         self.executions = Executions(loop.run.folder / EXECUTIONS)
+        self._warned = False
 
     def record(self, step: Step, objective: Objective) -> None:
         """Count and write the executions of a step, those of all processes."""
@@ -141,10 +142,11 @@ class Ledger:
         spread = min(
             (value for name, value in row.items() if name.startswith("entropy_")), default=1.0
         )
-        if spread < _COLLAPSED or held["distinct_plans"] == 1:
+        if (spread < _COLLAPSED or held["distinct_plans"] == 1) and not self._warned:
+            self._warned = True
             log.warning(
-                "the policy has nearly one plan for all (smallest entropy %.3f, %d plans in"
-                " validation): a larger grpo.entropy_coef keeps it open",
+                "the policy hardly varies any more (smallest entropy of a head %.3f of 1, plans in"
+                " validation: %d): a larger grpo.entropy_coef keeps it open",
                 spread, held["distinct_plans"],
             )  # fmt: skip
 

@@ -104,9 +104,9 @@ def _charged(table: Table, pricing: Pricing) -> Table:
 def _prefer(policy: Policy, world: World) -> None:
     """Let the scores of importance be the first preference among blocks, standardised."""
     scores = world.facts["importance"]
-    values = torch.tensor([scores[str(block)] for block in world.space.optional])
+    values = torch.tensor([scores[str(block)] for block in world.space.optional]).double()
     values = values - values.mean()
-    spread = values.std(correction=0).clamp(min=1e-6)  # equal scores prefer no block
+    spread = values.std(correction=0).clamp(min=1e-9)  # equal scores prefer no block
     with torch.no_grad():
         policy.controller.block_head.bias.copy_(values / spread)
 

@@ -28,17 +28,15 @@ COLOURS = {
 }
 SHAPES = ("circle", "square", "triangle", "plus")
 QUESTIONS = {
-    "colour": "Shape colour?",
-    "shape": "Shape?",
-    "lcolour": "Large digit colour?",
-    "large": "Large digit?",
-    "scolour": "Small digit colour?",
-    "small": "Small digit?",
+    "colour": "Which colour?",
+    "shape": "Which shape?",
+    "large": "Which large digit?",
+    "small": "Which small digit?",
 }
 """What is asked for each kind of detail."""
 _CELL = 42
 _SHAPE = 35
-_LARGE, _SMALL = 7, 2
+_LARGE, _SMALL = 6, 2
 _GLYPHS = (
     "###|#.#|#.#|#.#|###", ".#.|##.|.#.|.#.|###", "###|..#|###|#..|###", "###|..#|.##|..#|###",
     "#.#|#.#|###|..#|..#", "###|#..|###|..#|###", "###|#..|###|#.#|###", "###|..#|..#|.#.|.#.",
@@ -56,28 +54,22 @@ class Drawn(NamedTuple):
     """Which detail is asked for: a key of `QUESTIONS`."""
 
 
-def draw(index: int, seed: int, kind=None) -> Drawn:
-    """Draw a picture; the same for the same numbers.
-
-    Args:
-        index: of the picture, any.
-        seed: of all pictures.
-    """
+def draw(index: int, seed: int, kinds=("shape","large","small"), both=False):
     from PIL import Image, ImageDraw
 
     rng = np.random.default_rng(key(seed, "synth", index))
-    k = list(QUESTIONS)[rng.integers(len(QUESTIONS))]; kind = kind or k
-    colour, c2, c3 = rng.choice(list(COLOURS), size=3); shape=rng.choice(SHAPES)
-    large, small = rng.integers(10, size=2)
-    cells = [(int(cell % 6) * _CELL, int(cell // 6) * _CELL) for cell in rng.permutation(36)[:3]]
-    image = Image.new("RGB", (SIDE, SIDE), (24, 24, 28))
-    pen = ImageDraw.Draw(image)
-    _shape(pen, str(shape), _near(cells[0], rng.integers(2, 5, size=2)), COLOURS[str(colour)])
-    _digit(pen, int(large), _near(cells[1], rng.integers([9, 2], [12, 5])), _LARGE, COLOURS[str(c2)])
-    place = rng.choice([0, 28], size=2) + rng.integers([3, 1], [6, 4])
-    _digit(pen, int(small), _near(cells[2], place), _SMALL, COLOURS[str(c3)])
-    answers = {"colour": colour, "shape": shape, "large": large, "small": small, "lcolour": c2, "scolour": c3}
-    return Drawn(image, QUESTIONS[kind], str(answers[kind]), kind)
+    what=rng.choice(list(kinds)); colour=rng.choice(list(COLOURS)); col=COLOURS[str(colour)]
+    cell=int(rng.integers(36)); cell=((cell%6)*42,(cell//6)*42)
+    image = Image.new("RGB", (SIDE, SIDE), (122,116,104)); pen=ImageDraw.Draw(image)
+    if what=="shape":
+        ans=rng.choice(SHAPES); _shape(pen,str(ans),_near(cell, rng.integers(2, 5, size=2)),col)
+    elif what=="large":
+        ans=rng.choice([1,2,4,7]); _digit(pen, int(ans), _near(cell, rng.integers([9, 3], [15, 9])), _LARGE, col)
+    else:
+        ans=rng.choice([1,2,4,7]); _digit(pen, int(ans), _near(cell, rng.choice([0, 28], size=2) + rng.integers([3, 1], [5, 3])), _SMALL, col)
+    out=[Drawn(image,QUESTIONS["colour"],str(colour),"colour"), Drawn(image,QUESTIONS[what],str(ans),str(what))]
+    if both: return out if rng.random()<.5 else out[::-1]
+    return out[int(rng.random()<.75)]
 
 
 def _digit(pen: "ImageDraw", digit: int, corner: tuple[int, int], dot: int, col) -> None:

@@ -87,12 +87,13 @@ class Table:
         Args:
             row: of this table.
             space: of the network.
-            order: all blocks, the most important first; the first ones run.
+            order: all blocks, the most important first; the first ones run. A table that knows the
+                order that it was measured with keeps to that.
 
         Raises:
             ValueError: if the network has no such plan.
         """
-        runs = set(order[: row.count])
+        runs = set(self.metadata.get("order", order)[: row.count])
         active = tuple(block in runs for block in range(space.blocks))
         plan = Plan(row.tier, active, space.uniform(row.top_k))
         plan.check(space)

@@ -1,5 +1,6 @@
 """Weights files of a controller: written, read back, and the old ones removed."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,28 @@ def open_policy(path: Path) -> tuple[Policy, dict[str, Any]]:
     policy.controller.load_state_dict(read.payload[CONTROLLER])
     policy.budget_encoder.load_state_dict(read.payload[BUDGET])
     return policy.eval(), read.facts
+
+
+def require_space(path: Path, facts: Mapping[str, Any], space: Space, model: str) -> None:
+    """Refuse to choose plans of another network.
+
+    Args:
+        path: of the weights.
+        facts: of their sidecar.
+        space: of the network that is there.
+        model: its name.
+
+    Raises:
+        UserError: saying how it differs from the one that they were trained for.
+    """
+    here = json.loads(json.dumps(space.plain()))
+    if different := [name for name in here if facts["space"].get(name) != here[name]]:
+        name = different[0]
+        raise UserError(
+            f"{path}: chooses plans with {name} = {facts['space'].get(name)}, but {model} has"
+            f" {here[name]}",
+            "take the network that it was trained for",
+        )
 
 
 def prune(run: Run[Any], keep: int) -> None:

@@ -231,7 +231,7 @@ def open_world(
     space = next(iter(environments.values())).space
     model = str(facts["model"])
     scores, order = importance_of(settings, space, tables, model)
-    _check(tables, space, order)
+    check_tables(tables, space, order)
     controller_ms = known.get("controller_ms", tables.controller_ms or 0.0)
     if settings.latency.source == "flops":
         controller_ms = 0.0
@@ -284,8 +284,12 @@ def require_same(run: Run[Any], facts: Mapping[str, Any]) -> None:
         )
 
 
-def _check(tables: Tables, space: Space, order: Sequence[int]) -> None:
-    """Refuse tables of another network."""
+def check_tables(tables: Tables, space: Space, order: Sequence[int]) -> None:
+    """Refuse tables of another network.
+
+    Raises:
+        UserError: if they are.
+    """
     if tables.estimator is not None and tables.estimator.blocks != space.blocks:
         raise UserError(
             f"{tables.folder}: the fitted latency is of another network"

@@ -89,7 +89,8 @@ def command(  # noqa: PLR0913 - what a command is made of
         dropped: options of the original programs that are gone, with what replaced them.
         alias: another name of `--run` or `--name`, as an original program has it.
         reads: commands whose runs `latest` may be; any if there are none.
-        standalone: parameters of the function that may name a file to read in place of a run.
+        standalone: parameters of the function that may name a file to read in place of a run, or
+            do without a run if they have a value, as `policy=lut`.
         without: fields of these tables that do nothing here.
     """
     room = str(cls.model_config.get("env_prefix", "")).removeprefix("MOECTL_").strip("_").lower()
@@ -106,8 +107,7 @@ def command(  # noqa: PLR0913 - what a command is made of
         def run_command(**values: Any) -> None:
             common = {name: values[name] for name in COMMON & set(values)}
             values = {name: values[name] for name in values if name in own or name not in common}
-            others = [values.get(name) for name in standalone]
-            common["run"] = _reference(common, others) if train is False else ""
+            common["run"] = _reference(common, values, standalone) if train is False else ""
             given = {key: values.pop(python_name(key)) for key in flags}
             given = {key: value for key, value in given.items() if value is not None}
             console.setup(quiet=common["quiet"], as_json=common["json"])
@@ -129,12 +129,20 @@ def command(  # noqa: PLR0913 - what a command is made of
     return decorate
 
 
-def _reference(common: Mapping[str, Any], others: Sequence[Any]) -> str:
-    """Return the run to read: the newest, unless there is a file to read instead."""
-    files = [
-        other for other in others if other and (isinstance(other, Path) or is_file(Path(other)))
-    ]
-    return common.get("run") or ("" if files else "latest")
+def _reference(
+    common: Mapping[str, Any], values: Mapping[str, Any], standalone: Sequence[str]
+) -> str:
+    """Return the run to read: the newest, unless there is something to read instead."""
+    instead = any(_stands_alone(values, entry) for entry in standalone)
+    return common.get("run") or ("" if instead else "latest")
+
+
+def _stands_alone(values: Mapping[str, Any], entry: str) -> bool:
+    name, _, word = entry.partition("=")
+    value = values.get(name) or ""
+    if word:
+        return bool(value == word)
+    return isinstance(value, Path) or (bool(value) and is_file(Path(value)))
 
 
 def _size(size: Callable[[Any], dict[str, Any]] | None, settings: Settings) -> dict[str, Any]:

@@ -112,7 +112,7 @@ class Loop:
             self.module.compile()
         self.update = self.epoch = self.batch = self.stale_epochs = 0
         self.best: dict[str, Any] = {}
-        self.grad_norm: Tensor | float = 0.0  # of the newest gradient, before it is clipped
+        self.grad_norm = torch.zeros(())  # of the newest gradient, before it is clipped
         self.extra: dict[str, float | None] = {}
         self.epoch_means, self.window = Means(), Means()
         self._tracked: dict[str, Any] = {}

@@ -268,12 +268,13 @@ def test_weights_of_an_epoch_have_their_own_folder(own: Path, controller: Call) 
 
 
 def test_shares_of_the_full_plan_are_budgets(own: Path, controller: Call) -> None:
-    words = ("--baseline", "static_full", "--budget-frac", "0.5,1.0", "--budget", "100", "--quiet")
-    code, out, _ = controller("eval", *words, "--json")
+    words = ("--baseline", "static_full", "--budget-frac", "0.5,1.0", "--quiet")
+    code, out, _ = controller("eval", *words, "--budget", "330,100,100", "--json")
     assert code == 0
     found = json.loads(out)
     full = found["full_latency"]
-    assert found["budgets"] == [100, *(float(f"{share * full:.4g}") for share in (0.5, 1.0))]
+    shares = [float(f"{share * full:.4g}") for share in (0.5, 1.0)]
+    assert found["budgets"] == sorted([100, 330, *shares])
 
 
 def test_times_of_tables_are_those_of_the_estimator(own: Path, controller: Call) -> None:
@@ -320,12 +321,24 @@ def test_equal_plans_are_answered_once(
         return answer(self, row, plan)
 
     monkeypatch.setattr(Simulator, "execute", execute)
-    words = ("--baseline", "static_full,static_min,random", "--budget", "150,200,250")
-    assert controller("eval", *words, "--num-samples", "4")[0] == 0
-    assert len(made) == len(set(made))
+    words = ("--baseline", "static_full,static_min", "--num-samples", "8", "--quiet")
+    assert controller("eval", *words, "--budget", "150")[0] == 0
+    assert len(made) == len(set(made)) == 8 * 3
     assert [row for row, _ in made] == sorted(row for row, _ in made), "an image is opened once"
-    orders = {tuple(key for row, key in made if row == 0), tuple(key for row, key in made if row)}
-    assert len(orders) == 2
+    space = Simulator(1, 42, "test").space
+    full, least = (
+        [
+            place
+            for place, (_, key) in enumerate(made)
+            if key == plan_from(line["plan"], space).key()
+        ]
+        for policy in ("static_full", "static_min")
+        for line in predictions(own / "evals" / "test@best_model", "150", policy)[:1]
+    )
+    assert len({first < second for first, second in zip(full, least, strict=True)}) == 2
+    made.clear()
+    assert controller("eval", *words, "--budget", "150,250,350")[0] == 0
+    assert len(made) == len(set(made))
 
 
 # What is refused

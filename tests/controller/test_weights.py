@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +89,7 @@ def test_a_file_of_another_system_is_refused(here: Any, sim_run: Path) -> None:
 
 
 def files(here: Any) -> set[str]:
-    return {path.name for path in here.folder.iterdir()}
+    return {path.name for path in here.folder.iterdir() if path.is_file()}
 
 
 def test_old_files_go_with_their_sidecars(here: Any) -> None:
@@ -121,8 +120,7 @@ def test_references_find_the_files_of_a_run(sim_run: Path) -> None:
     best = json.loads((sim_run / "run.json").read_text())["scores"]["best"]["epoch"]
     assert find_weights(f"{sim_run}@best", "controller") == sim_run / "best_model.pt"
     for epoch in (0, 1, 2):
-        found: Callable[..., Path] = find_weights
-        path = found(f"{sim_run}@{epoch}", "controller")
+        path = find_weights(f"{sim_run}@{epoch}", "controller")
         assert path.name in (f"checkpoint_epoch_{epoch}.pt", "best_model.pt")
         assert (path.name != "best_model.pt") or epoch == best
         assert open_policy(path)[1]["epoch"] == epoch

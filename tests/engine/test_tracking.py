@@ -1,8 +1,10 @@
 """Running means and the file of metrics."""
 
+import sys
 import warnings
+from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -110,9 +112,8 @@ def test_a_file_that_is_not_there_has_no_rows(tmp_path: Path) -> None:
 
 
 def a_run(tmp_path: Path, **train: Any) -> Any:
-    settings = SimpleNamespace(
-        train=SimpleNamespace(**{"tensorboard": False, "wandb": False, **train})
-    )
+    wandb = {"wandb": False, "wandb_project": "", "wandb_entity": "", "wandb_name": ""}
+    settings = SimpleNamespace(train=SimpleNamespace(**{"tensorboard": False, **wandb, **train}))
     return SimpleNamespace(
         is_main=train.pop("main", True), folder=tmp_path, settings=settings, record={"room": "toy"}
     )
@@ -125,6 +126,46 @@ def test_missing_wandb_names_the_extra(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(UserError, match="wandb is not installed") as refusal:
         Trackers(a_run(tmp_path, wandb=True), 0)
     assert refusal.value.hint == "pip install 'moectl[wandb]'"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, ("moectl-toy", None, "run-1")),
+        (
+            {"wandb_project": "p", "wandb_entity": "team", "wandb_name": "first"},
+            ("p", "team", "first"),
+        ),
+    ],
+    ids=["defaults", "named"],
+)
+def test_wandb_goes_where_the_settings_say(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    given: dict[str, str],
+    expected: tuple[str, str | None, str],
+) -> None:
+    from accelerate import PartialState
+
+    calls: list[dict[str, Any]] = []
+    logged: list[tuple[dict[str, float], int]] = []
+    own = SimpleNamespace(
+        log=lambda values, step, **_: logged.append((values, step)), finish=lambda: None
+    )
+    wandb = ModuleType("wandb")
+    wandb.init = lambda **named: calls.append(named) or own  # type: ignore[attr-defined]
+    wandb.__spec__ = ModuleSpec("wandb", None)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    PartialState(cpu=True)
+    folder = tmp_path / "run-1"
+    run = a_run(folder, wandb=True, **given)
+    run.record["id"] = "toy-12ab"
+    trackers = Trackers(run, 0)
+    trackers.log({"a": 1.5, "b": None}, 3)
+    trackers.close()
+    names = ("project", "entity", "name", "id", "dir", "resume")
+    assert calls == [dict(zip(names, (*expected, "toy-12ab", str(folder), "allow"), strict=True))]
+    assert logged == [({"a": 1.5}, 3)]
 
 
 def test_tensorboard_gets_the_values_that_there_are(tmp_path: Path) -> None:
