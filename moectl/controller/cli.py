@@ -108,16 +108,17 @@ def infer(  # noqa: PLR0913 - the options of a command
     ] = 0.05,
 ) -> None:
     """Answer a question within a budget."""
-    from moectl.controller import infer
+    from moectl.controller.answers import shown, shown_all, summary
+    from moectl.controller.infer import Choice, run_infer
     from moectl.controller.questions import questions_of
 
     asked = questions_of(image, prompt, budget, questions)
-    choice = infer.Choice("plan" if plan else policy, plan, target_violation if guard else 0.0)
-    found = infer.run_infer(request, asked, choice, compare=compare)
+    choice = Choice("plan" if plan else policy, plan, target_violation if guard else 0.0)
+    found = run_infer(request, asked, choice, compare=compare)
     if questions is None and len(found) == 1:
-        console.result(found[0], infer.shown(found[0]))
+        console.result(found[0], shown(found[0]))
     else:
-        console.result(infer.summary(found), infer.shown_all(found))
+        console.result(summary(found), shown_all(found))
 
 
 @command(ControllerSettings, (), train=None)

@@ -4,7 +4,6 @@ To read, tile and resize an image is no part of a latency, here as in training.
 """
 
 import logging
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from moectl.controller.open import open_backbone
 from moectl.controller.plans import Plan, plan_from
 from moectl.controller.policy import decide, plans
 from moectl.controller.questions import Question
+from moectl.controller.records import unit_of
 from moectl.controller.timing import Clock
 from moectl.controller.weights import open_policy, require_space
 from moectl.controller.world import (
@@ -121,8 +121,13 @@ class Answerer:
         self.typical = round(known.get("new_tokens", self.most))
 
     @property
+    def unit(self) -> str:
+        """Of latencies and budgets."""
+        return unit_of(self.latency.source)
+
+    @property
     def _counts_work(self) -> bool:
-        return bool(self.latency.source == "flops")
+        return self.unit != "ms"
 
     def _model(self, request: Request) -> str:
         """Return the network of the settings; without a run, that of the table."""
@@ -164,6 +169,11 @@ class Answerer:
         if choice.by == "lut":
             assert table is not None, "checked when tables were read"
             return lambda asked: table.plan(table.best(asked.question.budget), space, self.order)
+        if (unit := world["unit"]) != self.unit:
+            raise UserError(
+                f"{request.folder}: was trained for budgets in {unit}, not {self.unit}: another"
+                " setting of latency.source"
+            )
         name, tag = split_reference(request.run)
         path = Path(name) if is_file(Path(name)) else None
         path = path or find_weights(f"{request.folder}@{tag or 'best'}", request.room)
@@ -197,7 +207,7 @@ class Answerer:
         taken = self.clock.since(start) - asked.prepare_ms
         found: dict[str, Any] = {
             "image": str(question.image), "question": question.question,
-            "budget": question.budget, "unit": "GFLOP" if self._counts_work else "ms",
+            "budget": question.budget, "unit": self.unit,
             **self._run(guarded, asked, most, taken, self.choice_ms),
         }  # fmt: skip
         found["within_budget"] = found["latency"] <= question.budget
@@ -307,7 +317,7 @@ def run_infer(
         compare: answer by the full plan as well.
     """
     answerer = Answerer(request, choice)
-    _warn(answerer.limits, questions)
+    _warn(answerer, questions)
     for _ in range(answerer.latency.warmup):
         answerer.answer(questions[0], compare=compare, most=2)  # first calls are slow
     found = []
@@ -318,73 +328,11 @@ def run_infer(
     return found
 
 
-def _warn(limits: Sequence[float], questions: Sequence[Question]) -> None:
+def _warn(answerer: Answerer, questions: Sequence[Question]) -> None:
+    limits = answerer.limits
     for budget in sorted({question.budget for question in questions}):
         if limits and not limits[0] * 0.99 <= budget <= limits[1] * 1.01:
             log.warning(
-                "budget %g is outside of what the controller was trained for: %.4g to %.4g",
-                budget, *limits,
+                "budget %g is outside of what the controller was trained for: %.4g to %.4g %s",
+                budget, *limits, answerer.unit,
             )  # fmt: skip
-
-
-def summary(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return all answers as one document."""
-    return {
-        "answers": list(found),
-        "within_budget": statistics.fmean(one["within_budget"] for one in found),
-        "latency": statistics.fmean(one["latency"] for one in found),
-    }
-
-
-def shown(found: dict[str, Any]) -> str:
-    """Return an answer as text for people: answer, plan, latency by stage."""
-    state, unit = "within" if found["within_budget"] else "over", found["unit"]
-    lines = [
-        found["answer"],
-        f"  plan      {_words(found['plan'])}",
-        f"  latency   {found['latency']:.4g} {unit}, {state} the budget of {found['budget']:g}",
-        _stages("measured", found["measured"]),
-    ]
-    if found["predicted"]:
-        lines.append(_stages("predicted", found["predicted"]))
-    if guard := found.get("guard"):
-        lines.append(f"  guard     {_guarded(guard, found['plan'], unit)}")
-    if full := found.get("full"):
-        lines.append(
-            f"  full plan {full['answer']!r}: {full['latency']:.4g} {unit}, {full['gflop']:.2f}"
-            f" GFLOP, {full['vision_tokens']} image tokens; this plan {found['gflop']:.2f} GFLOP,"
-            f" {found['vision_tokens']} image tokens"
-        )
-    return "\n".join(lines)
-
-
-def shown_all(found: Sequence[dict[str, Any]]) -> str:
-    """Return several answers as text for people, each with what was asked."""
-    parts = [f"{one['image']}: {one['question']}\n{shown(one)}" for one in found]
-    within = sum(one["within_budget"] for one in found)
-    mean = f"{summary(found)['latency']:.4g} {found[0]['unit']}"
-    return "\n\n".join([*parts, f"{within} of {len(found)} within their budgets; mean {mean}"])
-
-
-def _words(plan: dict[str, Any]) -> str:
-    used = sorted({plan["top_k"][block] for block in plan["blocks"]} - {0})
-    experts = f"; experts {used[0]}" if used else ""
-    if len(used) > 1:
-        experts += f" to {used[-1]}"
-    return f"{plan['tier']}; {len(plan['blocks'])} blocks of {len(plan['top_k'])}{experts}"
-
-
-def _guarded(guard: dict[str, Any], plan: dict[str, Any], unit: str) -> str:
-    limit = f"{guard['limit']:.4g} {unit}"
-    if not guard["fits"]:
-        return f"no plan is predicted to take at most {limit}: the cheapest ran"
-    if guard["before"] == plan:
-        return f"the plan is predicted to take at most {limit}"
-    return f"predicted to take at most {limit}, unlike {_words(guard['before'])}"
-
-
-def _stages(name: str, times: dict[str, float]) -> str:
-    parts = ", ".join(
-        f"{stage} {times[stage]:.1f}" for stage in ("controller", "vision", "prefill", "decode")
-    )
-    return f"  {name:<9} {parts} ms; {times['new_tokens']} tokens"

@@ -1,8 +1,8 @@
 """Latency of plans by formula, fitted to records: per stage, for any plan and any question.
 
-The image tower costs per crop, the prefill per block and token, expert and token, and token
-squared, a step of the answer per block, expert and token in the cache. Letters: N records, C
-columns of a formula, L blocks.
+The image tower costs per crop, and per crop squared where it sees all of an image at once, the
+prefill per block and token, expert and token, and token squared, a step of the answer per block,
+expert and token in the cache. Letters: N records, C columns of a formula, L blocks.
 """
 
 import logging
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 Array = NDArray[np.float64]
 
 STAGES = {
-    "vision": ("crops", "fixed"),
+    "vision": ("crops", "fixed", "crops squared"),
     "prefill": (
         "blocks x tokens",
         "experts x tokens",
@@ -238,7 +238,7 @@ def _terms(
     # Steps see the prompt and 1 to new_tokens - 1 tokens of the answer.
     context = tokens + new_tokens / 2
     return {
-        "vision": (crops, 1),
+        "vision": (crops, 1, crops**2),
         "prefill": (count * tokens, experts * tokens, 1, count, count * tokens**2),
         "step": (count, experts, 1, count * context),
     }

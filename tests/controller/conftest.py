@@ -301,3 +301,89 @@ def profile_sim(open_sim: Callable[..., Any]) -> Callable[..., Path]:
 def sim_tables(tmp_path_factory: pytest.TempPathFactory, profile_sim: Callable[..., Path]) -> Path:
     """The tables of a profile of the simulator; tests leave them as they are."""
     return profile_sim(tmp_path_factory.mktemp("sim") / "tables")
+
+
+@pytest.fixture
+def controller(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Run a command of controller in this process; return exit code, stdout and stderr."""
+    from moectl.cli import _run
+
+    def call(*words: str) -> tuple[int, str, str]:
+        code = _run(["controller", *words])
+        return code, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def nano_tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tables of the network nano by formula; tests leave them as they are.
+
+    The larger a plan, the more accurate, and 15 to 45 ms in the lookup table.
+    """
+    from itertools import product
+
+    from moectl.controller.latency import STAGES, Estimator, Stage
+    from moectl.controller.table import Row, Table
+    from moectl.engine.files import write_json
+
+    folder, order = tmp_path_factory.mktemp("nano") / "tables", [0, 3, 1, 5, 2, 4]
+    folder.mkdir()
+    rows = [
+        Row(tier, k, count, (more + k + count) / 40, 6.0 + more + k + count, 4, 0.0, 0.0)
+        for (tier, more), k, count in product(
+            {"low": 0, "medium": 10, "high": 25}.items(), (4, 6, 8), (5, 6)
+        )
+    ]
+    known = {"model": "nano", "order": order, "new_tokens": 3.2}
+    write_json(folder / "lut.json", Table(tuple(rows), "total", "ms", known).plain())
+    weights = {
+        "vision": {"crops": 1.0, "fixed": 4.0},
+        "prefill": {"blocks x tokens": 0.01, "experts x tokens": 0.001, "fixed": 1.0},
+        "step": {"blocks": 0.5, "experts": 0.05, "fixed": 0.5},
+    }
+    stages = {
+        name: Stage(dict.fromkeys(STAGES[name], 0.0) | known, "plain", 1.0, 0.0, 40)
+        for name, known in weights.items()
+    }
+    shares = [number / 200 for number in range(40)]
+    objectives = ("total", "ttft", "prefill", "per_token")
+    fitted = Estimator(6, stages, dict.fromkeys(objectives, shares))
+    write_json(folder / "latency.json", fitted.plain())
+    write_json(folder / "overhead.json", {"controller_ms": 2.0})
+    scores = {str(block): 1.0 - place / 10 for place, block in enumerate(order)}
+    write_json(folder / "importance.json", {"importance_scores": scores})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def nano_run(tmp_path_factory: pytest.TempPathFactory, nano_tables: Path) -> Path:
+    """A training of one epoch on answers of the network nano; tests leave it as it is."""
+    from contextlib import redirect_stdout
+    from io import StringIO
+
+    from moectl.cli import _run
+    from moectl.controller import train
+
+    folder = tmp_path_factory.mktemp("nano") / "run"
+    words = (
+        "--model", "nano", "--dataset", "synth_vqa", "--clock", "cpu", "--max-new-tokens", "3",
+        "--train-samples", "2", "--val-samples", "1", "--epochs", "1", "--group-size", "2",
+        "--latency-source", "table", "--tables", str(nano_tables), "--budget-mode", "auto",
+        "--hidden", "8", "--set", "policy.budget_dim=8", "--set", "train.tensorboard=false",
+        "--warmup", "0", "--out", str(folder), "--quiet", "--cpu",
+    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()):
+        patch.setattr(train, "report", lambda _: None)
+        assert _run(["controller", "grpo", *words]) == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
+def asked_image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file with a picture to ask about."""
+    from moectl.controller.synth import draw
+
+    path = tmp_path_factory.mktemp("image") / "q.png"
+    draw(1, 0).image.save(path)
+    return path

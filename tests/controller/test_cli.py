@@ -21,18 +21,6 @@ SMALL = (
 
 
 @pytest.fixture
-def controller(capsys: pytest.CaptureFixture[str]) -> Call:
-    """Run a command of controller in this process; return exit code, stdout and stderr."""
-    from moectl.cli import _run
-
-    def call(*words: str) -> tuple[int, str, str]:
-        code = _run(["controller", *words])
-        return code, *capsys.readouterr()
-
-    return call
-
-
-@pytest.fixture
 def plain(monkeypatch: pytest.MonkeyPatch) -> None:
     """No pictures: what they show has tests of its own."""
     for module in (train_module, profile_module):

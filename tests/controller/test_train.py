@@ -106,7 +106,7 @@ def test_before_the_first_checkpoint_a_run_begins_again(
     whole = train_sim(tmp_path / "whole", **values)
     folder = tmp_path / "parts"
     with monkeypatch.context() as patch:
-        patch.setattr("moectl.controller.train.Ledger.record", fails_at(2, "broken"))
+        patch.setattr(train.Ledger, "record", fails_at(2, "record"))
         with pytest.raises(RuntimeError, match="broken"):
             train_sim(folder, **values)
     assert not (folder / "checkpoints").exists()
@@ -117,16 +117,16 @@ def test_before_the_first_checkpoint_a_run_begins_again(
     same(whole, folder)
 
 
-def fails_at(update: int, message: str) -> Callable[..., None]:
-    """Record executions as ever, and fail after those of an update, counted from 1."""
-    own = train.Ledger.record
+def fails_at(update: int, name: str) -> Callable[..., None]:
+    """Do part of the ledger's work as ever, and fail after that of an update, counted from 1."""
+    own = getattr(train.Ledger, name)
 
-    def record(ledger: Any, step: Any, objective: Any) -> None:
-        own(ledger, step, objective)
+    def work(ledger: Any, step: Any, *given: Any, **named: Any) -> None:
+        own(ledger, step, *given, **named)
         if step.index + 1 == update:
-            raise RuntimeError(message)
+            raise RuntimeError("broken")
 
-    return record
+    return work
 
 
 def test_what_was_answered_is_not_asked_again(
@@ -135,11 +135,12 @@ def test_what_was_answered_is_not_asked_again(
     whole = train_sim(tmp_path / "whole", train__epochs=4)
     folder = tmp_path / "parts"
     with monkeypatch.context() as patch:
-        patch.setattr("moectl.controller.train.Ledger.record", fails_at(5, "broken"))
+        patch.setattr(train.Ledger, "_save", fails_at(6, "_save"))
         with pytest.raises(RuntimeError, match="broken"):
             train_sim(folder, train__epochs=4)
     known = {(line["sample_id"], line["plan_key"]) for line in lines(folder)}
-    assert len(lines(folder)) == 5 * 6
+    assert len(lines(folder)) == 6 * 6
+    assert len(rows(folder / "training_history.csv")) == 2
     own = Simulator.execute
 
     def execute(simulator: Any, row: int, plan: Any) -> Any:
@@ -329,9 +330,13 @@ def test_validation_has_the_same_budgets_in_every_epoch(sim_run: Path) -> None:
 # Beginning and end
 
 
-def test_plans_of_a_question_are_drawn_anew_in_every_epoch(sim_run: Path) -> None:
+def test_plans_of_a_question_are_drawn_anew_in_every_epoch(
+    train_sim: Train, tmp_path: Path
+) -> None:
+    # By a policy that stays as it is, under one budget.
+    values = {"optim__lr": 1e-12, "budget__low": 200, "budget__high": 200}
     keys: dict[tuple[str, int], list[str]] = {}
-    for line in lines(sim_run):
+    for line in lines(train_sim(tmp_path / "run", **values)):
         keys.setdefault((line["sample_id"], line["epoch"]), []).append(line["plan_key"])
     assert len(keys) == 12
     assert {len(found) for found in keys.values()} == {3}

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from moectl.controller import weights as module
 from moectl.controller.model import Policy, build
 from moectl.controller.simulator import space
-from moectl.controller.weights import open_policy, prune, save_policy
+from moectl.controller.weights import open_policy, prune, require_space, save_policy
 from moectl.engine.errors import UserError
 
 ARGUMENTS: dict[str, Any] = {
@@ -124,3 +125,11 @@ def test_references_find_the_files_of_a_run(sim_run: Path) -> None:
         assert path.name in (f"checkpoint_epoch_{epoch}.pt", "best_model.pt")
         assert (path.name != "best_model.pt") or epoch == best
         assert open_policy(path)[1]["epoch"] == epoch
+
+
+def test_weights_for_another_network_are_refused(here: Any) -> None:
+    save_policy(here, "a.pt", policy(), ARGUMENTS, space(), epoch=1)
+    facts = open_policy(here.folder / "a.pt")[1]
+    require_space(here.folder / "a.pt", facts, space(), "sim")
+    with pytest.raises(UserError, match=r"a\.pt: .* min_active = 12, but other has 13"):
+        require_space(here.folder / "a.pt", facts, replace(space(), min_active=13), "other")

@@ -41,7 +41,7 @@ def run(toy: ModuleType, received: dict[str, Any]) -> Any:
         (),
         train=False,
         alias="--experts-dir",
-        standalone=("file", "other"),
+        standalone=("file", "other", "other=none"),
     )
     def apply(
         request: Request,
@@ -237,7 +237,9 @@ def test_a_command_without_an_alias_has_no_such_option(run: Any, toy: ModuleType
     assert "--experts-dir" in result.output
 
 
-@pytest.mark.parametrize("words", [("--file", "none.npz"), ("--other", "there.json")])
+@pytest.mark.parametrize(
+    "words", [("--file", "none.npz"), ("--other", "there.json"), ("--other", "none")]
+)
 def test_input_that_stands_alone_needs_no_run(run: Any, toy: ModuleType, words: Any) -> None:
     Path("there.json").touch()
     request = run("apply", *words)
