@@ -32,7 +32,6 @@ from moectl.controller.rivals import (
     grid,
     oracle,
     plans_of,
-    uncharged,
 )
 from moectl.controller.rollout import Player
 from moectl.controller.samples import shuffled
@@ -152,9 +151,6 @@ def _check(path: Path, facts: Mapping[str, Any], world: World, known: Mapping[st
 
 def _scene(settings: Any, world: World, player: Player) -> Scene:
     count, table = len(player.environment.ids), world.tables.lut
-    charged = settings.latency.objective in ("total", "ttft") and world.pricing.unit == "ms"
-    if table is not None and charged:
-        table = uncharged(table, world.tables.controller_ms or 0.0)
 
     def decide(budget: float) -> list[Plan]:
         return player.decide(torch.arange(count), torch.full((count,), budget))

@@ -5,7 +5,7 @@ Letters: N questions.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -162,12 +162,3 @@ def oracle(accuracies: Sequence[float], latencies: Sequence[float], budget: floa
     if within:
         return max(within, key=lambda place: (pairs[place][0], -pairs[place][1]))
     return min(range(len(pairs)), key=lambda place: pairs[place][1])
-
-
-def uncharged(table: Table, overhead: float) -> Table:
-    """Return a table without what the controller takes: who looks up a plan does not run it."""
-
-    def less(row: Row) -> Row:
-        return replace(row, latency=row.latency - overhead)
-
-    return replace(table, rows=tuple(less(row) for row in table.rows))

@@ -58,7 +58,7 @@ def draw(index: int, seed: int, kinds=("shape","large","small"), both=False):
     from PIL import Image, ImageDraw
 
     rng = np.random.default_rng(key(seed, "synth", index))
-    what=rng.choice(list(kinds)); colour=rng.choice(list(COLOURS)); col=COLOURS[str(colour)]
+    what=rng.choice(list(kinds),p=[.25,.3,.45][:len(kinds)] if len(kinds)==3 else None); colour=rng.choice(list(COLOURS)); col=COLOURS[str(colour)]
     cell=int(rng.integers(36)); cell=((cell%6)*42,(cell//6)*42)
     image = Image.new("RGB", (SIDE, SIDE), (122,116,104)); pen=ImageDraw.Draw(image)
     if what=="shape":
@@ -66,7 +66,7 @@ def draw(index: int, seed: int, kinds=("shape","large","small"), both=False):
     elif what=="large":
         ans=rng.choice([1,2,4,7]); _digit(pen, int(ans), _near(cell, rng.integers([9, 3], [15, 9])), _LARGE, col)
     else:
-        ans=rng.choice([1,2,4,7]); _digit(pen, int(ans), _near(cell, rng.choice([0, 28], size=2) + rng.integers([3, 1], [5, 3])), _SMALL, col)
+        ans=rng.choice([1,2,4,7]); _digit(pen, int(ans), _near(cell, rng.choice([0, 28], size=2) + rng.integers([3, 1], [6, 4])), _SMALL, col)
     out=[Drawn(image,QUESTIONS["colour"],str(colour),"colour"), Drawn(image,QUESTIONS[what],str(ans),str(what))]
     if both: return out if rng.random()<.5 else out[::-1]
     return out[int(rng.random()<.75)]

@@ -5,7 +5,6 @@ import json
 import shutil
 from collections.abc import Callable
 from contextlib import redirect_stdout
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -52,15 +51,13 @@ def controller(capsys: pytest.CaptureFixture[str]) -> Call:
     return call
 
 
-def table(objective: Objective = "total", controller_ms: float = 2.0) -> Table:
-    """What a profile of the simulation finds, with the controller's time in it."""
+def table(objective: Objective = "total") -> Table:
+    """What a profile of the simulation finds."""
     inner = Simulator(8, 42, "val")
     records = []
     for plan in grid_plans(inner.space, ORDER):
         for row in range(8):
-            execution = inner.execute(row, plan)
-            times = replace(execution.timings, controller=controller_ms)
-            records.append(record(inner.ids[row], plan, replace(execution, timings=times)))
+            records.append(record(inner.ids[row], plan, inner.execute(row, plan)))
     return build(records, objective)
 
 
@@ -155,7 +152,7 @@ def test_every_policy_takes_its_plans(evaluated: Path) -> None:
     assert knobs(found, "static_full")[0]["block_usage"] == [1] * 16
     assert knobs(found, "static_min")[0]["tier"]["low"] == 1
     assert knobs(found, "random")[0]["distinct_plans"] == QUESTIONS
-    best = [table(controller_ms=0.0).best(budget) for budget in (120, 200, 330)]
+    best = [table().best(budget) for budget in (120, 200, 330)]
     assert [one["mean_top_k"] for one in knobs(found, "lut")] == [row.top_k for row in best]
     assert [one["mean_active_blocks"] for one in knobs(found, "lut")] == [row.count for row in best]
     pairs = zip(knobs(found, "controller"), knobs(found, "importance"), strict=True)
@@ -221,7 +218,7 @@ def test_fronts_hold_the_rows_of_the_table(evaluated: Path) -> None:
     found = json.loads((evaluated / "pareto_data.json").read_text())
     grid = [one for one in found["all_points"]["sim"] if one["policy"] == "grid"]
     assert len(grid) == 3 * 3 * 5
-    without = {row.name: row.latency for row in table(controller_ms=0.0).rows}
+    without = {row.name: row.latency for row in table().rows}
     assert all(one["latency"] == pytest.approx(without[one["plan"]]) for one in grid)
     full = metrics(read(evaluated), "static_full")[120]["avg_latency_ms"]
     assert found["summary"]["sim"]["corner"] == pytest.approx(full, rel=0.05)

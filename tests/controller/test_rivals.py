@@ -17,7 +17,6 @@ from moectl.controller.rivals import (
     plans_of,
     random_plan,
     tabled,
-    uncharged,
 )
 from moectl.controller.simulator import space as simulated
 from moectl.controller.table import Row, Table
@@ -200,13 +199,6 @@ def test_the_grid_is_every_row() -> None:
     found = grid(scene())
     assert [plan.tier for plan in found] == [row.tier for row in TABLE.rows]
     assert found[3] == TABLE.plan(TABLE.rows[3], simulated(), ORDER)
-
-
-def test_who_looks_up_does_not_pay_for_the_controller() -> None:
-    less = uncharged(TABLE, 10)
-    assert [row.latency for row in less.rows] == [row.latency - 10 for row in TABLE.rows]
-    assert plans_of("lut", 295, scene(table=less)) == [simulated().full] * 3
-    assert plans_of("lut", 295, scene()) != [simulated().full] * 3
 
 
 # Afterwards
