@@ -11,7 +11,7 @@ import torch
 
 from moectl.controller.plans import Plan, Space
 from moectl.controller.settings import Policy
-from moectl.controller.table import Row, Table
+from moectl.controller.table import Table
 from moectl.engine.errors import UserError
 from moectl.engine.seeding import key
 
