@@ -26,6 +26,21 @@ _DROPPED = {
 
 @command(
     ControllerSettings,
+    ("data", "toy"),
+    train=True,
+    without=("data.train_samples", "data.val_samples", "data.test_samples"),
+)
+def toy(request: Request) -> None:
+    """Teach a small network to answer, so that plans have something to trade."""
+    from moectl.controller.toy import train_toy
+
+    with open_run(request) as run:
+        train_toy(run.settings, run)
+    console.result({**run.record, "folder": str(run.folder)}, str(run.folder))
+
+
+@command(
+    ControllerSettings,
     (*_ASKED, "profile"),
     train=True,
     without=("data.train_samples", "data.val_samples", "data.test_samples", "latency.tables"),

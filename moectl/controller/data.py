@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from moectl.controller import hub, local
 from moectl.controller.samples import Pool, Role, Sample
-from moectl.controller.synth import draw
+from moectl.controller.synth import EACH, draw
 from moectl.engine.errors import UserError
 
 if TYPE_CHECKING:
@@ -145,17 +145,18 @@ def _pool(section: "DataSection", name: str, seed: int) -> Pool:
 
 def _synthetic(seed: int, role: Role) -> Iterator[Sample]:
     """Draw pictures without end; a picture of one role is never one of another."""
-    for index in itertools.count(_ROLES.index(role), len(_ROLES)):
-        drawn = draw(index, seed)
-        yield Sample(
-            id=f"synth_vqa/{index}",
-            image_id=f"synth_vqa/{index}",
-            question=drawn.question,
-            answers=(drawn.answer,),
-            dataset="vqa",
-            metric="vqa",
-            open=partial(_picture, index, seed),
-        )
+    for picture in itertools.count(_ROLES.index(role), len(_ROLES)):
+        for index in range(EACH * picture, EACH * picture + EACH):
+            drawn = draw(index, seed)
+            yield Sample(
+                id=f"synth_vqa/{index}",
+                image_id=f"synth_vqa/{picture}",
+                question=drawn.question,
+                answers=(drawn.answer,),
+                dataset="vqa",
+                metric="vqa",
+                open=partial(_picture, index, seed),
+            )
 
 
 def _picture(index: int, seed: int) -> "Image":

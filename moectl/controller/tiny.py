@@ -69,10 +69,9 @@ def build(
         text: family of the text network; `dense` has no experts.
         seed: of the weights.
     """
-    from transformers import CLIPVisionConfig, LlavaNextConfig, LlavaNextForConditionalGeneration
-
+    library = _library()
     processor = _processor()
-    vision = CLIPVisionConfig(
+    vision = library.CLIPVisionConfig(
         hidden_size=64,
         intermediate_size=256,
         projection_dim=64,
@@ -81,7 +80,7 @@ def build(
         image_size=CROP,
         patch_size=PATCH,
     )
-    config = LlavaNextConfig(
+    config = library.LlavaNextConfig(
         vision_config=vision,
         text_config=_text_config(SIZES[name], text, processor.tokenizer),
         image_token_index=processor.tokenizer.convert_tokens_to_ids(IMAGE),
@@ -90,7 +89,7 @@ def build(
     )
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(key(seed, "tiny", name, text))
-        model = LlavaNextForConditionalGeneration(config)
+        model = library.LlavaNextForConditionalGeneration(config)
     return model.eval(), processor
 
 
@@ -106,7 +105,6 @@ def pinpoints(most: int) -> list[list[int]]:
 
 
 def _processor() -> "LlavaNextProcessor":
-    from transformers import LlavaNextProcessor
     from transformers.models.llava_next.image_processing_pil_llava_next import (
         LlavaNextImageProcessorPil,
     )
@@ -116,7 +114,7 @@ def _processor() -> "LlavaNextProcessor":
         crop_size={"height": CROP, "width": CROP},
         image_grid_pinpoints=pinpoints(MOST_CROPS),
     )
-    return LlavaNextProcessor(
+    return _library().LlavaNextProcessor(
         images,
         _tokenizer(),
         patch_size=PATCH,
@@ -129,7 +127,6 @@ def _processor() -> "LlavaNextProcessor":
 def _tokenizer() -> "PreTrainedTokenizerFast":
     """Return a tokenizer whose tokens are bytes; the begin mark is put in front."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
 
     letters = [PAD, BEGIN, END, IMAGE, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     vocabulary = {letter: number for number, letter in enumerate(letters)}
@@ -139,7 +136,7 @@ def _tokenizer() -> "PreTrainedTokenizerFast":
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BEGIN} $A", special_tokens=[(BEGIN, vocabulary[BEGIN])]
     )
-    return PreTrainedTokenizerFast(
+    return _library().PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD,
         bos_token=BEGIN,
@@ -153,8 +150,7 @@ def _tokenizer() -> "PreTrainedTokenizerFast":
 def _text_config(
     size: Size, text: Text, tokenizer: "PreTrainedTokenizerFast"
 ) -> "PreTrainedConfig":
-    from transformers import LlamaConfig, OlmoeConfig, Qwen3MoeConfig
-
+    library = _library()
     common: dict[str, Any] = {
         "vocab_size": len(tokenizer),
         "hidden_size": size.hidden,
@@ -167,10 +163,10 @@ def _text_config(
         "eos_token_id": tokenizer.eos_token_id,
     }
     if text == "dense":
-        return LlamaConfig(**common, intermediate_size=4 * size.hidden)
+        return library.LlamaConfig(**common, intermediate_size=4 * size.hidden)
     experts = {"num_experts": size.experts, "num_experts_per_tok": size.top_k}
     if text == "qwen3_moe":
-        return Qwen3MoeConfig(
+        return library.Qwen3MoeConfig(
             **common,
             **experts,
             head_dim=size.hidden // size.heads,
@@ -178,4 +174,11 @@ def _text_config(
             moe_intermediate_size=size.inner,
             norm_topk_prob=True,
         )
-    return OlmoeConfig(**common, **experts, intermediate_size=size.inner)
+    return library.OlmoeConfig(**common, **experts, intermediate_size=size.inner)
+
+
+def _library() -> Any:
+    """Return transformers, whose types say less than what it takes."""
+    import transformers
+
+    return transformers

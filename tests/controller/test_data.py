@@ -209,7 +209,7 @@ def test_synthetic_pictures_have_one_use_whatever_the_numbers():
     assert ids(more.val) == ids(found.val)[:3]
     assert ids(load_test(section("synth_vqa", train=90), 5)) == ids(test)
     assert not images(more.train) & images(found.val)
-    assert len(images(found.train) | images(found.val) | images(test)) == 38
+    assert len(images(found.train) | images(found.val) | images(test)) == 19
 
 
 def test_synthetic_question_is_that_of_its_picture():
