@@ -95,8 +95,27 @@ class Backbone(abc.ABC):
         """
 
     @abc.abstractmethod
+    def overview(self, image: "Image") -> Any:
+        """Return the pixels of the whole image at low resolution, as `glance` takes them.
+
+        They are on the network's device; to make them is no part of a latency.
+        """
+
+    @abc.abstractmethod
+    def glance(self, pixels: Any) -> View:
+        """Encode what `overview` returned."""
+
     def look(self, image: "Image") -> View:
         """Encode the whole image at low resolution."""
+        return self.glance(self.overview(image))
+
+    def reuses_view(self, tier: str) -> bool:  # noqa: ARG002 - here all tiers do
+        """Whether `encode` takes the view over in a tier.
+
+        Only there is the time of the view a part of `Timings.vision`. Elsewhere an answer does
+        without the view: its time belongs to the controller, if one looked at it.
+        """
+        return True
 
     @abc.abstractmethod
     def text_feature(self, question: str) -> Tensor:
@@ -168,7 +187,7 @@ def generate(  # noqa: PLR0913 - what an answer is made of
         prefill_ms = clock.since(start)
         start = clock.now()
         tokens.extend(_rest(backbone, tokens[0], state, max_new_tokens - 1))
-        decode_ms = clock.since(start)
+        decode_ms = clock.since(start) if len(tokens) > 1 else 0.0
     timings = Timings(vision_ms, prefill_ms, decode_ms, len(tokens))
     return Answer(backbone.decode(tuple(tokens)), tuple(tokens), timings)
 

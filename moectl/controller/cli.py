@@ -43,7 +43,7 @@ def toy(request: Request) -> None:
     ControllerSettings,
     (*_ASKED, "profile"),
     train=True,
-    without=("data.train_samples", "data.val_samples", "data.test_samples", "latency.tables"),
+    without=("data.train_samples", "data.test_samples", "latency.tables"),
 )
 def profile(request: Request) -> None:
     """Measure blocks, plans and latency of a network."""
@@ -128,7 +128,7 @@ def infer(  # noqa: PLR0913 - the options of a command
     from moectl.controller.questions import questions_of
 
     asked = questions_of(image, prompt, budget, questions)
-    choice = Choice("plan" if plan else policy, plan, target_violation if guard else 0.0)
+    choice = Choice("plan" if plan and policy != "lut" else policy, plan, target_violation if guard else 0.0)
     found = run_infer(request, asked, choice, compare=compare)
     if questions is None and len(found) == 1:
         console.result(found[0], shown(found[0]))

@@ -45,7 +45,7 @@ class Execution:
 
     answer: str
     accuracy: float
-    """Score of the answer in 0 to 1; captions up to 1.5."""
+    """Score of the answer in 0 to 1."""
     timings: Timings
     gflop: float
     """Work of the whole answer, vision included, in 10⁹ floating-point operations."""

@@ -5,7 +5,7 @@ Letters: N questions, D width of a feature.
 
 import logging
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -42,14 +42,16 @@ class Executor:
     """Questions about images, answered by a network.
 
     An image is encoded once for each tier, however many plans answer about it; the view of the
-    whole image once for all tiers. The time that this takes counts in every answer.
+    whole image once for all tiers. The time that this takes counts in every answer that needs it:
+    that of the view in those tiers alone whose `encode` takes it over (`Backbone.reuses_view`).
+    To read, tile and resize an image is not timed.
 
     Args:
         backbone: answers.
         samples: the questions, N.
         clock: for the times.
         max_new_tokens: longest answer; 0 for what suits the data set.
-        repeats: times that an answer is timed; the median counts.
+        repeats: times that every stage of an answer is timed; the median counts.
     """
 
     def __init__(
@@ -121,16 +123,26 @@ class Executor:
         """Return inputs, what the text network sees of the image, and the milliseconds of that."""
         if self._opened is None or self._opened.row != row:
             image = self.samples[row].open()
-            start = self.clock.now()
-            view = self.backbone.look(image)
-            self._opened = _Open(row, image, view, self.clock.since(start), {})
+            pixels = self.backbone.overview(image)
+            view, view_ms = self._timed(lambda: self.backbone.glance(pixels))
+            self._opened = _Open(row, image, view, view_ms, {})
         opened, sample = self._opened, self.samples[row]
         if tier not in opened.encoded:
             inputs = self.backbone.prepare(opened.image, sample.question, sample.dataset, tier)
-            start = self.clock.now()
-            vision = self.backbone.encode(inputs, opened.view)
-            opened.encoded[tier] = (inputs, vision, opened.view_ms + self.clock.since(start))
+            vision, vision_ms = self._timed(lambda: self.backbone.encode(inputs, opened.view))
+            if self.backbone.reuses_view(tier):
+                vision_ms += opened.view_ms
+            opened.encoded[tier] = (inputs, vision, vision_ms)
         return opened.encoded[tier]
+
+    def _timed(self, work: Callable[[], Any]) -> tuple[Any, float]:
+        """Work as often as answers are timed; return the last result and the median time."""
+        times = []
+        for _ in range(self.repeats):
+            start = self.clock.now()
+            done = work()
+            times.append(self.clock.since(start))
+        return done, statistics.median(times)
 
 
 def longest(dataset: str) -> int:

@@ -99,17 +99,6 @@ def order_of(scores: Mapping[int, float], always_on: Collection[int]) -> list[in
     return [*sorted(always_on), *rest]
 
 
-def select(scores: Mapping[int, float], always_on: Collection[int], count: int) -> list[int]:
-    """Return the `count` blocks that run, in the order of the network.
-
-    Raises:
-        ValueError: if more blocks always run, or there are fewer.
-    """
-    if not len(always_on) <= count <= len(scores):
-        raise ValueError(f"{count} blocks: expected {len(always_on)} to {len(scores)}")
-    return sorted(order_of(scores, always_on)[:count])
-
-
 def spearman(first: Mapping[int, float], second: Mapping[int, float]) -> float:
     """Return the rank correlation of two sets of scores, 0 where one set is all the same.
 
@@ -118,14 +107,18 @@ def spearman(first: Mapping[int, float], second: Mapping[int, float]) -> float:
 
     Source: Spearman 1904.
     """
-    from scipy.stats import spearmanr  # type: ignore[import-untyped]
-
     if first.keys() != second.keys():
         raise ValueError("scores of different blocks have no rank correlation")
-    pairs = [(first[block], second[block]) for block in sorted(first)]
-    if any(len(set(side)) < 2 for side in zip(*pairs, strict=True)):
+    return rank_correlation(list(first.values()), [second[block] for block in first])
+
+
+def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
+    """Return Spearman's correlation of pairs, 0 where one side does not vary."""
+    from scipy.stats import spearmanr  # type: ignore[import-untyped]
+
+    if min(len(set(first)), len(set(second))) < 2:
         return 0.0
-    return float(spearmanr(pairs).statistic)
+    return float(spearmanr(first, second).statistic)
 
 
 def beam_search(

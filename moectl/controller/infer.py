@@ -1,6 +1,8 @@
 """Answers questions within a budget: plan, answer, predicted and measured latency.
 
-To read, tile and resize an image is no part of a latency, here as in training.
+To read, tile and resize an image is no part of a latency, here as in training. The view of the
+whole image is a part of `vision` where the network takes it over, and else of `controller`, if that
+looked at it.
 """
 
 import logging
@@ -56,6 +58,12 @@ class Choice:
     target: float = 0.0
     """Share of budgets that the guard may miss; 0 for no guard."""
 
+    def __post_init__(self) -> None:
+        if self.by == "lut" and self.plan is not None:
+            raise UserError(
+                f"--policy lut and --plan {self.plan}: both choose the plan", "give one of them"
+            )
+
 
 class _Asked:
     """A question whose image is open, and what is known of it so far."""
@@ -63,8 +71,9 @@ class _Asked:
     def __init__(self, backbone: Backbone, clock: Clock, question: Question, style: str) -> None:
         self.question, self._backbone, self._clock, self._style = question, backbone, clock, style
         self._image = read_image(question.image)
+        pixels = backbone.overview(self._image)
         start = clock.now()
-        self.view = backbone.look(self._image)
+        self.view = backbone.glance(pixels)
         self.view_ms = clock.since(start)
         self.prepare_ms = 0.0
         self._inputs: dict[str, Inputs] = {}
@@ -112,6 +121,7 @@ class Answerer:
             self.order = importance_of(self.settings, space, self.tables, model)[1]
         check_tables(self.tables, space, self.order)
         self.limits: list[float] = world.get("budgets", []) if choice.by == "controller" else []
+        self._looks = choice.by == "controller"
         self.choose = self._chooser(request, choice, world)
         self.choice_ms = (self.tables.controller_ms or 0.0) if choice.by == "controller" else 0.0
         data: tuple[str, ...] = self.settings.data.dataset if request.folder else ()
@@ -169,14 +179,15 @@ class Answerer:
         if choice.by == "lut":
             assert table is not None, "checked when tables were read"
             return lambda asked: table.plan(table.best(asked.question.budget), space, self.order)
+        name, tag = split_reference(request.run)
+        path = Path(name) if is_file(Path(name)) else None
+        # A run that failed early has neither weights nor a unit.
+        path = path or find_weights(f"{request.folder}@{tag or 'best'}", request.room)
         if (unit := world["unit"]) != self.unit:
             raise UserError(
                 f"{request.folder}: was trained for budgets in {unit}, not {self.unit}: another"
                 " setting of latency.source"
             )
-        name, tag = split_reference(request.run)
-        path = Path(name) if is_file(Path(name)) else None
-        path = path or find_weights(f"{request.folder}@{tag or 'best'}", request.room)
         policy, facts = open_policy(path)
         require_space(path, facts, space, self.backbone.name)
         learned = self.settings.policy.blocks in ("auto", "learned")
@@ -205,6 +216,8 @@ class Answerer:
         plan = self.choose(asked)
         guarded = plan if self._kept is None else self._guard(plan, asked, self._kept)
         taken = self.clock.since(start) - asked.prepare_ms
+        if self._looks and not self.backbone.reuses_view(guarded.tier):
+            taken += asked.view_ms
         found: dict[str, Any] = {
             "image": str(question.image), "question": question.question,
             "budget": question.budget, "unit": self.unit,
@@ -250,9 +263,12 @@ class Answerer:
         inputs = asked.inputs(plan.tier)
         start = self.clock.now()
         vision = self.backbone.encode(inputs, asked.view)
+        vision_ms = self.clock.since(start)
+        if self.backbone.reuses_view(plan.tier):
+            vision_ms += asked.view_ms
         answer = generate(
             self.backbone, inputs, plan, max_new_tokens=most, clock=self.clock, vision=vision,
-            vision_ms=asked.view_ms + self.clock.since(start),
+            vision_ms=vision_ms,
         )  # fmt: skip
         times = replace(answer.timings, controller=choice_ms)
         expected = self.predict(plan, asked, expected_ms)

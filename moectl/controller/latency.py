@@ -107,7 +107,14 @@ def estimator_from(values: Mapping[str, Any]) -> Estimator:
         if not np.isfinite(list(weights.values())).all():
             raise ValueError(f"{name} holds a number that is not finite")
         stages[name] = Stage(weights, stage.method, stage.r2, stage.mape, stage.samples)
-    return Estimator(int(values["blocks"]), stages, dict(values["residuals"]))
+    residuals = {}
+    for objective in get_args(Objective):
+        if not isinstance(found := values["residuals"].get(objective), list):
+            raise ValueError(f"residuals hold no list of {objective}")
+        if not np.isfinite(found).all():
+            raise ValueError(f"residuals of {objective} hold a number that is not finite")
+        residuals[objective] = found
+    return Estimator(int(values["blocks"]), stages, residuals)
 
 
 def read_estimator(path: Path) -> Estimator:
@@ -133,7 +140,7 @@ def fit(records: Sequence[Record], blocks: int) -> Estimator:
     all plans have the same number, gets no weight: nothing is known about it.
 
     Args:
-        records: of `read_records`; best of random plans with several tiers, numbers of blocks and
+        records: of `records.record`; best of random plans with several tiers, numbers of blocks and
             experts.
         blocks: L.
 
@@ -152,31 +159,6 @@ def fit(records: Sequence[Record], blocks: int) -> Estimator:
         weights[keep] = found.weights
         fitted[name] = found._replace(weights=weights)
     return _estimator(records, blocks, rows, fitted)
-
-
-def calibrate(estimator: Estimator, records: Sequence[Record]) -> Estimator:
-    """Carry an estimator over to another device: per stage a factor and a constant.
-
-    Args:
-        estimator: of the first device.
-        records: of the second, 25 to 50 plans.
-
-    Raises:
-        UserError: as `fit`.
-    """
-    rows = _rows(records, estimator.blocks)
-    fitted = {}
-    for name, row in rows.items():
-        old = np.array(list(estimator.stages[name].weights.values()))
-        columns = np.stack([row.columns @ old, np.ones(len(row.times))], 1)
-        keep = _independent(columns, ("old", "fixed"), False)
-        found = _least_squares(columns[:, keep], row.times, row.plans)
-        affine = np.zeros(2)
-        affine[keep] = found.weights
-        weights = affine[0] * old
-        weights[STAGES[name].index("fixed")] += affine[1]
-        fitted[name] = found._replace(weights=weights)
-    return _estimator(records, estimator.blocks, rows, fitted)
 
 
 def margin(residuals: Sequence[float], target: float = 0.05) -> float:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moectl.controller.execution import Execution
 from moectl.controller.history import EXECUTIONS, TRAINING, VALIDATION, Executions, Tally, append
+from moectl.controller.importance import rank_correlation
 from moectl.controller.model import Policy
 from moectl.controller.objective import Objective
 from moectl.controller.plans import Plan
@@ -53,7 +54,6 @@ class Ledger:
     def record(self, step: Step, objective: Objective) -> None:
         """Count and write the executions of a step, those of all processes."""
         rollout, ids = objective.rollout, objective.player.environment.ids
-        assert objective.old is not None, "the loss was computed"
         found, seen = [], set()
         for number, plan in enumerate(rollout.plans):
             name = ids[int(rollout.rows[number])]
@@ -63,7 +63,7 @@ class Ledger:
                 "budget": float(rollout.budgets[number]),
                 "latency": float(rollout.latency[number]),
                 "reward": float(rollout.rewards[number]),
-                "log_prob": float(objective.old[number]),
+                "log_prob": float(rollout.log_prob[number]),
                 "flat": bool(rollout.flat[number]),
                 "first": (name, plan.key()) not in seen,
             }
@@ -210,12 +210,3 @@ def validation_summary(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         "spearman_budget_latency": rank_correlation(budgets, latency),
         "distinct_plans": len({line["plan_key"] for line in lines}),
     }
-
-
-def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
-    """Return Spearman's correlation; 0 where one side does not vary."""
-    from scipy.stats import spearmanr  # type: ignore[import-untyped]
-
-    if min(len(set(first)), len(set(second))) == 1:
-        return 0.0
-    return float(spearmanr(first, second).statistic)

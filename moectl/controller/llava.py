@@ -68,11 +68,16 @@ class LlavaNext(Native):
         positions = torch.arange(read["input_ids"].shape[1], device=self.device)[None]
         return self._inputs(read, positions, (rows, columns))
 
-    def look(self, image: "Image") -> View:
-        """Encode the whole image at low resolution."""
+    def overview(self, image: "Image") -> Tensor:
+        """Return the whole image at low resolution, (1, C, H, W)."""
         with self._pinpoint(1, 1):
             read = self.processor.image_processor(image, return_tensors="pt")
-        hidden = self._tower(read["pixel_values"][0, :1].to(self.device))
+        pixels: Tensor = read["pixel_values"][0, :1]
+        return pixels.to(self.device)
+
+    def glance(self, pixels: Tensor) -> View:
+        """Encode what `overview` returned."""
+        hidden = self._tower(pixels)
         return View(hidden[0].float().mean(0), hidden)
 
     @torch.no_grad()

@@ -49,7 +49,7 @@ def policy_loss(log_probs: Tensor, old: Tensor, advantage: Tensor, clip: float =
 
     Args:
         log_probs: (B,) of the plans now.
-        old: (B,) when they were drawn, without a gradient.
+        old: (B,) at the first update from these plans, without a gradient.
         advantage: (B,).
         clip: of the ratio.
 

@@ -84,11 +84,15 @@ class Molmoe(Backbone):
             text_tokens=len(ids) - len(of_image),
         )
 
-    @torch.no_grad()
-    def look(self, image: "Image") -> View:
-        """Encode the whole image at low resolution."""
+    def overview(self, image: "Image") -> Tensor:
+        """Return the pixels of the whole image at low resolution; a batch of 1 crop."""
         pixels = tiling.overview(image, self.model.config.geometry)
-        said = self.model.look(pixels[None].to(self.device, self._dtype))
+        return pixels[None].to(self.device, self._dtype)
+
+    @torch.no_grad()
+    def glance(self, pixels: Tensor) -> View:
+        """Encode what `overview` returned."""
+        said = self.model.look(pixels)
         return View(said[0].float().mean(0), said)
 
     @torch.no_grad()

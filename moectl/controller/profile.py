@@ -58,9 +58,6 @@ class Profiler:
                 "latency": self.settings.latency.model_copy(
                     update={"repeats": self.settings.profile.repeats}
                 ),
-                "data": self.settings.data.model_copy(
-                    update={"val_samples": self.settings.profile.samples}
-                ),
             }
         )
         opened, self.facts = open_environments(settings, run.device, ("val",))
@@ -70,7 +67,10 @@ class Profiler:
         self.executions.keep_until(0)  # a torn last line would spoil the next one
         self.environment = Remembered(self.inner, self.executions.known())
         self.space: Space = self.inner.space
-        self.rows = range(len(self.inner.ids))
+        # More of them would be questions that a training evaluates on.
+        self.rows = range(min(run.settings.profile.samples, len(self.inner.ids)))
+        if len(self.rows) < run.settings.profile.samples:
+            log.warning("%d questions, as many as there are to validate on", len(self.rows))
 
     def answer(self, row: int, plan: Plan) -> Execution:
         """Answer question number `row` by a plan, unless the run was asked to stop."""

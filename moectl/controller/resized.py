@@ -45,15 +45,22 @@ class Resized(Native):
         read = self._read(image, question, style, size=self._size(chosen))
         return self._inputs(read, self._positions(read), self._tiling(image, chosen))
 
-    def look(self, image: "Image") -> View:
-        """Encode the whole image at low resolution."""
+    def overview(self, image: "Image") -> "dict[str, Tensor]":
+        """Return what the image tower takes of the image as the coarsest tier has it."""
         size = self._size(self.space.tiers[0])
         read = self.processor.image_processor(image, size=size, return_tensors="pt")
-        tensors = {name: read[name].to(self.device) for name in self._takes}
-        seen = self._see(tensors)
+        return {name: read[name].to(self.device) for name in self._takes}
+
+    def glance(self, pixels: "dict[str, Tensor]") -> View:
+        """Encode what `overview` returned."""
+        seen = self._see(pixels)
         patches = seen.last_hidden_state
         feature = patches.reshape(-1, patches.shape[-1]).float().mean(0)
-        return View(feature, (tensors["pixel_values"], seen))
+        return View(feature, (pixels["pixel_values"], seen))
+
+    def reuses_view(self, tier: str) -> bool:
+        """Whether `encode` takes the view over in a tier: in the coarsest alone."""
+        return tier == self.space.tiers[0].name
 
     def encode(self, inputs: Inputs, view: View | None = None) -> Any:
         """Return what the text network sees of the image: tower and projector, all crops."""

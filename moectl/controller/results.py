@@ -4,9 +4,11 @@ Letters: N questions, L blocks.
 """
 
 import json
+import logging
+import shutil
 import statistics
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,15 +25,18 @@ from moectl.controller.pareto import (
     mean_interval,
 )
 from moectl.controller.plans import Plan, Space
+from moectl.controller.records import deviation
 from moectl.controller.scores import clean, vqa_official
 from moectl.engine.files import write_json, write_text
+from moectl.engine.tracking import loads_or_none
 
 if TYPE_CHECKING:
     from moectl.controller.samples import Sample
     from moectl.controller.table import Row
 
+log = logging.getLogger(__name__)
+
 _NEAR = 1.05  # times the budget: beyond it a budget is missed by more than noise
-_OLD = ("*_results.json", "*_predictions.jsonl", "*.png")  # files of an evaluation
 GRID = "grid"
 """Name of the rows of the lookup table among the points."""
 STAGES = ("controller", "vision", "prefill", "decode")
@@ -91,11 +96,11 @@ def metrics_of(outcomes: Sequence[Outcome], budget: float, draws: int) -> dict[s
     p50, p95, p99 = np.quantile(latency, [0.5, 0.95, 0.99]).tolist()
     return {
         "accuracy": statistics.fmean(accuracy),
-        "accuracy_std": _deviation(accuracy),
+        "accuracy_std": deviation(accuracy),
         "ci95": list(mean_interval(accuracy, draws)),
         "accuracy_in_time": statistics.fmean(in_time(outcome, budget) for outcome in outcomes),
         "avg_latency_ms": statistics.fmean(latency),
-        "latency_std_ms": _deviation(latency),
+        "latency_std_ms": deviation(latency),
         "p50": p50,
         "p95": p95,
         "p99": p99,
@@ -115,10 +120,6 @@ def metrics_of(outcomes: Sequence[Outcome], budget: float, draws: int) -> dict[s
 def in_time(outcome: Outcome, budget: float) -> float:
     """Return the accuracy of an answer, 0 if it came late."""
     return outcome.execution.accuracy if outcome.latency <= budget else 0.0
-
-
-def _deviation(values: Sequence[float]) -> float:
-    return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def knobs_of(plans: Sequence[Plan], space: Space) -> dict[str, Any]:
@@ -295,19 +296,20 @@ def _by_question(
 
 
 def write_results(folder: Path, document: Mapping[str, Any], outcomes: Outcomes) -> None:
-    """Write an evaluation in place of an earlier one of the same weights.
+    """Write an evaluation in place of an earlier one of the same weights and data sets.
+
+    One of other data sets is kept: its folder is renamed, to one that ends in their names.
 
     Args:
         folder: for the files.
         document: of `eval.evaluate`.
         outcomes: every answer, to be written too; none if they are not wanted.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in [path for pattern in _OLD for path in folder.glob(pattern)]:
-        path.unlink()
+    _make_room(folder, document)
     for name, part in document["datasets"].items():
         for budget in document["budgets"]:
-            start = f"{name}_{document['split']}_budget_{budget:g}"
+            # All digits: no two budgets share a file.
+            start = f"{name}_{document['split']}_budget_{str(budget).removesuffix('.0')}"
             results = [one for one in part["results"] if one["latency_budget"] == budget]
             write_json(folder / f"{start}_results.json", _under(results, document["unit"]))
             if outcomes:
@@ -320,6 +322,29 @@ def write_results(folder: Path, document: Mapping[str, Any], outcomes: Outcomes)
         {kind: {name: found[kind] for name, found in fronts.items()} for kind in kinds},
     )
     write_json(folder / "eval.json", document)
+
+
+def _make_room(folder: Path, document: Mapping[str, Any]) -> None:
+    """Make the folder, without files of the data sets of a new evaluation."""
+    earlier, names = loads_or_none(folder / "eval.json"), document["datasets"]
+    if earlier and set(earlier["datasets"]) != set(names):
+        aside = _aside(folder, earlier["datasets"])
+        shutil.rmtree(aside, ignore_errors=True)  # there only if an evaluation was cut off
+        folder.rename(aside)
+        log.info("%s: an earlier evaluation, of other data sets", aside)
+    known = _aside(folder, names)
+    if known.exists() and not folder.exists():
+        known.rename(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    results = tuple(f"{name}_{document['split']}_budget_" for name in names)
+    pictures = tuple(f"{name}_" for name in names)
+    for path in list(folder.iterdir()):
+        if path.name.startswith(pictures if path.suffix == ".png" else results):
+            path.unlink()
+
+
+def _aside(folder: Path, names: Collection[str]) -> Path:
+    return folder.with_name(f"{folder.name}@{'+'.join(sorted(names))}")
 
 
 def _under(results: Sequence[Mapping[str, Any]], unit: str) -> dict[str, Any]:

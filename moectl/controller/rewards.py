@@ -1,5 +1,6 @@
 """From an execution to what it is worth: its latency, and the reward under a budget."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from moectl.controller.execution import Execution
 from moectl.controller.latency import Estimator
 from moectl.controller.losses import composite, hinge
 from moectl.controller.plans import Plan, Space
+from moectl.controller.table import Table
 
 
 class Pricing:
@@ -30,6 +32,16 @@ class Pricing:
         self.estimator, self.controller_ms = estimator, controller_ms
 
     @property
+    def once(self) -> float:
+        """What choosing a plan adds to every latency."""
+        return self.controller_ms if self.objective in ("total", "ttft") else 0.0
+
+    def charged(self, table: Table) -> Table:
+        """Return a table with what choosing a plan takes, as it is held against budgets."""
+        rows = tuple(replace(row, latency=row.latency + self.once) for row in table.rows)
+        return replace(table, rows=rows)
+
+    @property
     def unit(self) -> str:
         """Of latencies and budgets."""
         return "GFLOP" if self.source == "flops" else "ms"
@@ -43,8 +55,7 @@ class Pricing:
             assert self.estimator is not None, "no tables"
             tokens = execution.vision_tokens + execution.text_tokens
             timings = self.estimator.timings(plan, execution.crops, tokens, timings.new_tokens)
-        once = self.controller_ms if self.objective in ("total", "ttft") else 0.0
-        return timings.latency(self.objective) + once
+        return timings.latency(self.objective) + self.once
 
     def cost(self, plan: Plan) -> float:
         """Return the share of the full network that a plan uses: crops, experts, blocks."""

@@ -29,6 +29,8 @@ class Rollout:
     choice: Choice
     plans: list[Plan]
     executions: list[Execution]
+    log_prob: Tensor
+    """(P,) of drawing these plans, without dropout."""
     accuracy: Tensor
     """(P,), as the next ones."""
     latency: Tensor
@@ -106,18 +108,22 @@ class Player:
         accuracy, latency, rewards = self.pricing.price(drawn, executions, budgets)
         groups = torch.arange(len(rows)) // group
         advantage, flat = advantages(rewards, groups, scale)
+        drawn_with = self._log_probs(repeat(scores, group), choice, drawn)
         return Rollout(
-            rows, budgets, choice, drawn, executions, accuracy, latency, rewards, advantage, flat
-        )
+            rows, budgets, choice, drawn, executions, drawn_with, accuracy, latency, rewards,
+            advantage, flat,
+        )  # fmt: skip
 
     def log_probs(self, scores: Scores, rollout: Rollout) -> Tensor:
         """Return the log-probability of drawn plans, (P,), under other scores of them."""
+        return self._log_probs(scores, rollout.choice, rollout.plans)
+
+    def _log_probs(self, scores: Scores, choice: Choice, drawn: Sequence[Plan]) -> Tensor:
         device = scores.tier.device
         chosen, free = (
-            part.to(device)
-            for part in chosen_parts(rollout.plans, self.space, shared=scores.shared)
+            part.to(device) for part in chosen_parts(drawn, self.space, shared=scores.shared)
         )
-        choice = Choice(*(part.to(device) for part in rollout.choice))
+        choice = Choice(*(part.to(device) for part in choice))
         return log_prob(scores, choice, chosen, free, learned=not self.fixed)
 
 

@@ -63,7 +63,7 @@ class BackboneSection(Section):
     model: Annotated[str, Flag("--model", "--model-path")] = "tiny"
     """A name on the hub, a folder, a run of toy, tiny or nano (random weights), or sim (none)."""
     dtype: Annotated[Literal["auto", "float32", "bfloat16"], Flag("--dtype")] = "auto"
-    """Numbers it computes with; auto: float32 on a CPU, else bfloat16."""
+    """Numbers it computes with; auto: float32 on a CPU, else as its weights were saved."""
     experts: Literal["auto", "eager", "grouped_mm", "batched_mm"] = "auto"
     """How its experts run; auto: eager on a CPU, where only that gains from fewer of them."""
     max_new_tokens: Annotated[int, Flag("--max-new-tokens"), Field(ge=0)] = 0

@@ -1,7 +1,6 @@
 """How a policy begins: new weights, those of a file, scores of importance, or the lookup table."""
 
 import logging
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,6 @@ from moectl.controller.clone import clone
 from moectl.controller.environment import Features
 from moectl.controller.model import Policy, build
 from moectl.controller.plans import Space
-from moectl.controller.rewards import Pricing
-from moectl.controller.table import Table
 from moectl.controller.world import World
 from moectl.engine.artefact import load
 from moectl.engine.errors import UserError
@@ -75,7 +72,7 @@ def begin(settings: Any, world: World) -> tuple[Policy, dict[str, Any]]:
                 "--tables of a run of moectl controller profile --what grid",
             )
         clone(
-            policy, _charged(world.tables.lut, world.pricing), features, world.space,
+            policy, world.pricing.charged(world.tables.lut), features, world.space,
             budgets=world.budgets, order=world.order, learned=world.learned,
             steps=settings.grpo.clone_steps, seed=settings.train.seed,
         )  # fmt: skip
@@ -91,14 +88,6 @@ def _warn(section: Any, world: World) -> None:
             " to policy.budget_high = %g alone",
             low, high, world.pricing.unit, section.budget_low, section.budget_high,
         )  # fmt: skip
-
-
-def _charged(table: Table, pricing: Pricing) -> Table:
-    """Return a table with what choosing a plan takes, as it is held against budgets."""
-    once = pricing.controller_ms if pricing.objective in ("total", "ttft") else 0.0
-    return replace(
-        table, rows=tuple(replace(row, latency=row.latency + once) for row in table.rows)
-    )
 
 
 def _prefer(policy: Policy, world: World) -> None:

@@ -1,8 +1,8 @@
-"""Generated pictures with questions: a shape, a large digit and a small one, all of one colour.
+"""Generated pictures with questions: a coloured shape or a digit, large or small.
 
-Colour, shape and large digit can be told at every resolution. The small digit is lost where its
-picture is shrunk to a third, so that it takes more crops to read; the question says that it is the
-small one.
+Colours, shapes and large digits can be told at every resolution. A small digit is lost where its
+picture is shrunk to a third, so that it takes more crops to read; the question says that it is
+small.
 
 Letters: none.
 """
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from PIL.ImageDraw import ImageDraw
 
-EACH = 4
+EACH = 2
 """Questions about a picture, under numbers that follow each other."""
 SIDE = 252
 """Pixels of an edge of a picture."""
@@ -46,6 +46,7 @@ _GREY = (122, 116, 104)  # what image towers take for nothing
 _CELL = 42  # a patch of 14 pixels, where the picture is shrunk to a third
 _SHAPE = 35
 _LARGE, _SMALL = (4, 6), 2  # edges of a dot
+_THINGS = {"shape": 0.25, "large": 0.25, "small": 0.5}
 
 
 class Drawn(NamedTuple):
@@ -68,21 +69,23 @@ def draw(index: int, seed: int) -> Drawn:
     from PIL import Image, ImageDraw
 
     rng = np.random.default_rng(key(seed, "synth", index // EACH))
-    colour, shape = str(rng.choice(list(COLOURS))), str(rng.choice(SHAPES))
-    large, small = map(str, rng.choice(list(DIGITS), size=2))
-    cells = SIDE // _CELL
-    places = [np.array(divmod(cell, cells)) * _CELL for cell in rng.permutation(cells**2)[:3]]
+    kind = str(rng.choice(list(_THINGS), p=list(_THINGS.values())))
+    colour = str(rng.choice(list(COLOURS)))
+    answer = str(rng.choice(SHAPES if kind == "shape" else list(DIGITS)))
+    cell = rng.integers(SIDE // _CELL, size=2) * _CELL
     image = Image.new("RGB", (SIDE, SIDE), _GREY)
-    pen, fill = ImageDraw.Draw(image), COLOURS[colour]
+    pen = ImageDraw.Draw(image)
     # Nothing crosses the edge of a patch at the resolution that it takes to tell it.
-    _shape(pen, shape, places[0] + rng.integers(2, 5, size=2), fill)
-    corner = places[1] + rng.integers([9, 3], [15, 9])
-    _digit(pen, large, corner, int(rng.choice(_LARGE)), fill)
-    corner = places[2] + rng.choice([0, 28], size=2) + rng.integers([3, 1], [6, 4])
-    _digit(pen, small, corner, _SMALL, fill)
-    answers = {"colour": colour, "shape": shape, "large": large, "small": small}
-    kind = list(QUESTIONS)[index % EACH]
-    return Drawn(image, QUESTIONS[kind], answers[kind], kind)
+    if kind == "shape":
+        _shape(pen, answer, cell + rng.integers(2, 5, size=2), COLOURS[colour])
+    elif kind == "large":
+        corner = cell + rng.integers([9, 3], [15, 9])
+        _digit(pen, answer, corner, int(rng.choice(_LARGE)), COLOURS[colour])
+    else:
+        corner = cell + rng.choice([0, 28], size=2) + rng.integers([3, 1], [6, 4])
+        _digit(pen, answer, corner, _SMALL, COLOURS[colour])
+    kind, answer = [("colour", colour), (kind, answer)][index % EACH]
+    return Drawn(image, QUESTIONS[kind], answer, kind)
 
 
 def _digit(

@@ -10,14 +10,11 @@ from typing import Any, Literal
 
 from moectl.controller.execution import Objective
 from moectl.controller.plans import Plan, Space
-from moectl.controller.records import Record, Source, latency_of, unit_of
+from moectl.controller.records import Record, Source, deviation, latency_of, unit_of
 from moectl.engine.errors import UserError
 from moectl.engine.files import read_json
 
 log = logging.getLogger(__name__)
-
-Aggregation = Literal["mean", "median"]
-"""How the latencies of the samples become one; accuracies are always averaged."""
 
 _STEP = 5
 _HEADROOM = 1.02
@@ -67,16 +64,15 @@ class Table:
                 "Make one with: moectl controller profile --what grid",
             )
 
-    def best(self, budget: float, tolerance: float = 0.0) -> Row:
+    def best(self, budget: float) -> Row:
         """Return the most accurate row within a budget, of equals the faster.
 
         Where none is within, the fastest of all: it misses the budget by the least.
 
         Args:
             budget: in the table's unit.
-            tolerance: share by which the budget may be missed.
         """
-        within = [row for row in self.rows if row.latency <= budget * (1 + tolerance)]
+        within = [row for row in self.rows if row.latency <= budget]
         if within:
             return max(within, key=lambda row: (row.accuracy, -row.latency))
         return min(self.rows, key=lambda row: (row.latency, -row.accuracy))
@@ -108,12 +104,8 @@ class Table:
         latencies = [row.latency for row in self.rows]
         return _rounded_up(min(latencies) * _HEADROOM), _rounded_up(max(latencies) * _HEADROOM)
 
-    def plain(self, tolerance: float = 0.0) -> dict[str, Any]:
-        """Plain values, for JSON, with the best row of every fifth budget.
-
-        Args:
-            tolerance: see `best`.
-        """
+    def plain(self) -> dict[str, Any]:
+        """Plain values, for JSON, with the best row of every fifth budget."""
         latencies = [row.latency for row in self.rows]
         first = max(_STEP, _STEP * math.floor(min(latencies) / _STEP))
         last = max(first, _STEP * math.ceil(max(latencies) / _STEP))
@@ -121,8 +113,7 @@ class Table:
         return {
             "config_table": {row.name: _row_plain(row) for row in self.rows},
             "lookup_table": {
-                str(budget): self.best(budget, tolerance).name
-                for budget in range(first, last + 1, _STEP)
+                str(budget): self.best(budget).name for budget in range(first, last + 1, _STEP)
             },
             "statistics": {
                 "num_configs": len(self.rows),
@@ -130,12 +121,7 @@ class Table:
                 "accuracy": {"min": min(accuracies), "max": max(accuracies)},
                 "latency": {"min": min(latencies), "max": max(latencies)},
             },
-            "metadata": {
-                **self.metadata,
-                "objective": self.objective,
-                "unit": self.unit,
-                "tolerance": tolerance,
-            },
+            "metadata": {**self.metadata, "objective": self.objective, "unit": self.unit},
         }
 
 
@@ -158,15 +144,15 @@ def _row_plain(row: Row) -> dict[str, Any]:
 def build(
     records: Sequence[Record],
     objective: Objective,
-    aggregation: Aggregation = "mean",
+    aggregation: Literal["mean"] = "mean",
     source: Source = "measured",
 ) -> Table:
     """Make a table of all records whose plan has one number of experts.
 
     Args:
-        records: of `read_records`, of one network.
+        records: of `records.record`, of one network.
         objective: which latency. Answers of one token have no `per_token`.
-        aggregation: of the latencies.
+        aggregation: of the samples, to be written down.
         source: times, or work.
 
     Raises:
@@ -185,15 +171,13 @@ def build(
             groups.setdefault(key, []).append(values)
     if not groups:
         raise UserError("no record has the same number of experts in all blocks: no table")
-    rows = tuple(_row(groups[key], objective, aggregation, source) for key in sorted(groups))
+    rows = tuple(_row(groups[key], objective, source) for key in sorted(groups))
     if len({row.samples for row in rows}) > 1:
         log.warning("the plans of the table were not all run on the same number of samples")
     return Table(rows, objective, unit_of(source), {"aggregation": aggregation})
 
 
-def _row(
-    records: Sequence[Record], objective: Objective, aggregation: Aggregation, source: Source
-) -> Row:
+def _row(records: Sequence[Record], objective: Objective, source: Source) -> Row:
     tier, top_k = records[0]["tier"], records[0]["top_k"]
     blocks = {tuple(values["active_block_indices"]) for values in records}
     if len(blocks) > 1:
@@ -218,15 +202,11 @@ def _row(
         top_k,
         records[0]["num_active_blocks"],
         statistics.fmean(accuracies),
-        statistics.fmean(latencies) if aggregation == "mean" else statistics.median(latencies),
+        statistics.fmean(latencies),
         len(records),
-        _deviation(accuracies),
-        _deviation(latencies),
+        deviation(accuracies),
+        deviation(latencies),
     )
-
-
-def _deviation(values: Sequence[float]) -> float:
-    return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def table_from(values: dict[str, Any]) -> Table:
@@ -237,7 +217,6 @@ def table_from(values: dict[str, Any]) -> Table:
     """
     metadata = dict(values["metadata"])
     objective, unit = metadata.pop("objective"), metadata.pop("unit")
-    metadata.pop("tolerance", None)
     rows = []
     for name, row in values["config_table"].items():
         tier, top_k, count = name.rsplit("_", 2)
@@ -247,7 +226,15 @@ def table_from(values: dict[str, Any]) -> Table:
         rows.append(Row(tier, int(top_k), int(count), samples=row["num_samples"], **numbers))
     if not rows:
         raise ValueError("no rows")
+    if "order" in metadata:
+        _check_order(metadata["order"], max(row.count for row in rows))
     return Table(tuple(rows), objective, unit, metadata)
+
+
+def _check_order(order: Any, most: int) -> None:
+    whole = isinstance(order, list) and all(type(block) is int for block in order)
+    if not whole or sorted(order) != list(range(len(order))) or len(order) < most:
+        raise ValueError(f"order = {order}: expected all blocks, {most} or more, each once")
 
 
 def read_table(path: Path) -> Table:

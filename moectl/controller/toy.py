@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 
 MONITOR = "val/accuracy"
 TABLE = "toy.csv"
-_BEGINNING = 0.45
+_BEGINNING = 0.4
 """Share of the training that sees the coarsest tier alone."""
 _COARSEST = 0.2
 """Probability of the coarsest tier after that."""
@@ -94,6 +94,7 @@ def train_toy(settings: "ControllerSettings", run: "Run[ControllerSettings]") ->
     data = load(settings.data.model_copy(update=counts), settings.train.seed)
     backbone = build(settings, run.device)
     pictures = by_image(data.train)
+    first = [samples for samples in pictures if "small" not in map(kind_of, samples)] or pictures
     loop = _loop(settings, run, backbone.model, len(pictures))
     facts = {
         "size": toy.size,
@@ -109,7 +110,8 @@ def train_toy(settings: "ControllerSettings", run: "Run[ControllerSettings]") ->
     for step in loop:
         dice = random.Random(key(settings.train.seed, "toy", step.index))
         plan = draw_plan(backbone.space, step.progress, toy.depth_drop, dice)
-        chosen = [pictures[row] for row in step.batch[1].tolist()]
+        shown = first if step.progress < _BEGINNING else pictures
+        chosen = [shown[row % len(shown)] for row in step.batch[1].tolist()]
         turns = [dice.sample(samples, min(_TURNS, len(samples))) for samples in chosen]
         batch = read(backbone, turns, plan.tier)
         with backbone.apply(plan):

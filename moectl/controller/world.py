@@ -162,8 +162,16 @@ def read_tables(reference: str, section: Any) -> Tables:
         _table(lut, section) if lut.is_file() else None,
         read_estimator(fitted) if fitted.is_file() else None,
         scores if scores.is_file() else None,
-        float(read_json(overhead)["controller_ms"]) if overhead.is_file() else None,
+        _controller_ms(overhead) if overhead.is_file() else None,
     )
+
+
+def _controller_ms(path: Path) -> float:
+    values = read_json(path)
+    found = values.get("controller_ms") if isinstance(values, dict) else None
+    if not isinstance(found, int | float) or not 0 <= found < float("inf"):
+        raise UserError(f"{path}: expected controller_ms, milliseconds from 0 up")
+    return float(found)
 
 
 def _table(path: Path, section: Any) -> Table:
@@ -232,16 +240,14 @@ def open_world(
     model = str(facts["model"])
     scores, order = importance_of(settings, space, tables, model)
     check_tables(tables, space, order)
-    controller_ms = known.get("controller_ms", tables.controller_ms or 0.0)
-    if settings.latency.source == "flops":
-        controller_ms = 0.0
+    controller_ms = _choice_ms(settings, tables, inner[splits[0]], known)
     pricing = Pricing(settings, space, tables.estimator, controller_ms)
     budgets = known.get("budgets") or budget_range(
         settings.budget, pricing, environments[splits[-1]], tables.lut
     )
     facts = {
         **facts,
-        "tables": str(tables.folder) if tables.folder else "",
+        "tables": str(tables.folder.resolve()) if tables.folder else "",
         "controller_ms": controller_ms,
         "budgets": list(budgets),
         "unit": pricing.unit,
@@ -252,6 +258,26 @@ def open_world(
     learned = settings.policy.blocks in ("auto", "learned")
     low, high = budgets
     return World(environments, pricing, (low, high), order, learned, tables, facts)
+
+
+def _choice_ms(
+    settings: Any, tables: Tables, environment: Environment, known: Mapping[str, Any]
+) -> float:
+    """Return what choosing a plan takes: as known, from tables, or timed if answers are.
+
+    Where work is counted it is nothing.
+    """
+    if settings.latency.source == "flops":
+        return 0.0
+    if "controller_ms" in known:
+        return float(known["controller_ms"])
+    if tables.controller_ms is None and settings.latency.source == "measured":
+        from moectl.controller.executor import Executor
+        from moectl.controller.overhead import overhead
+
+        if isinstance(environment, Executor):
+            return overhead(environment, settings)["controller_ms"]
+    return tables.controller_ms or 0.0
 
 
 def pinned(settings: Any, known: Mapping[str, Any]) -> Any:
@@ -322,7 +348,7 @@ def budget_range(
                 "budget.mode = auto: there is no lookup table",
                 "--tables of a run of moectl controller profile --what grid",
             )
-        return lut.budget_range()
+        return pricing.charged(lut).budget_range()
     full = full_latency(pricing, environment)
     return section.low * full, section.high * full
 

@@ -31,8 +31,11 @@ class Scripted(Backbone):
     def prepare(self, image: Any, question: str, style: str, tier: str) -> Inputs:
         return INPUTS
 
-    def look(self, image: Any) -> View:
-        return View(torch.zeros(1), None)
+    def overview(self, image: Any) -> Tensor:
+        return torch.full((2,), float(image))
+
+    def glance(self, pixels: Tensor) -> View:
+        return View(pixels + 1, None)
 
     def text_feature(self, question: str) -> Tensor:
         return torch.zeros(1)
@@ -129,6 +132,18 @@ def test_each_stage_is_timed_by_itself() -> None:
     timings = answer(Scripted(3, END)).timings
     assert (timings.vision, timings.prefill, timings.decode) == (1000, 1000, 1000)
     assert timings.controller == 0
+
+
+def test_an_answer_of_one_token_takes_no_time_to_decode() -> None:
+    assert answer(Scripted(END)).timings.decode == 0.0
+    assert answer(Scripted(3, 4), 1).timings.decode == 0.0
+
+
+def test_a_look_is_a_glance_at_the_overview() -> None:
+    backbone = Scripted(END)
+    image: Any = 4
+    assert backbone.look(image).feature.tolist() == [5, 5]
+    assert backbone.reuses_view("low")
 
 
 def test_inputs_count_crops_and_tokens() -> None:

@@ -128,7 +128,7 @@ def test_a_profile_prints_its_folder_and_gives_tables(controller: Call, isolated
     code, out, err = controller("grpo", *SMALL, *words, "--quiet")
     assert (code, out) == (0, "run\n"), err
     world = json.loads(Path("run/run.json").read_text())["world"]
-    assert world["tables"] == str(folder)
+    assert world["tables"] == str(folder.resolve())
     assert world["controller_ms"] > 0
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -47,7 +48,7 @@ def executor(nano: "LlavaNext", samples: list[Sample]) -> Callable[..., Executor
 @pytest.fixture
 def calls(nano: "LlavaNext", monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """How often each part of the network was asked."""
-    counts = dict.fromkeys(("look", "encode", "prepare", "prefill", "step"), 0)
+    counts = dict.fromkeys(("glance", "encode", "prepare", "prefill", "step"), 0)
 
     def counted(name: str) -> Callable[..., Any]:
         own = getattr(nano, name)
@@ -77,10 +78,10 @@ def test_an_image_is_encoded_once_for_each_tier(
     found = executor()
     for plan in [*plans_of(nano), *plans_of(nano)]:
         found.execute(1, plan)
-    assert (calls["look"], calls["encode"], calls["prepare"]) == (1, 2, 2)
+    assert (calls["glance"], calls["encode"], calls["prepare"]) == (1, 2, 2)
     assert calls["prefill"] == 10
     found.execute(0, nano.space.full)
-    assert (calls["look"], calls["encode"]) == (2, 3)
+    assert (calls["glance"], calls["encode"]) == (2, 3)
 
 
 def test_the_view_is_not_encoded_again(
@@ -186,7 +187,7 @@ class Ticks(Clock):
 
 @pytest.fixture
 def ticks(nano: "LlavaNext", monkeypatch: pytest.MonkeyPatch) -> Ticks:
-    """Times in milliseconds: 1 for the view, 10 for the crops, 100 and more for the prefill."""
+    """Times in milliseconds: some for the view, 10 and more for the crops, 100 for the prefill."""
     clock = Ticks()
     prefills = iter((100, 400, 130, 500, 120))
 
@@ -199,8 +200,10 @@ def ticks(nano: "LlavaNext", monkeypatch: pytest.MonkeyPatch) -> Ticks:
 
         monkeypatch.setattr(nano, name, call)
 
-    slow("look", lambda: 1)
-    slow("encode", lambda: 10)
+    views, crops = cycle((1, 7, 3)), cycle((10, 70, 20))
+    slow("overview", lambda: 1e5)  # no work of the network
+    slow("glance", lambda: next(views))
+    slow("encode", lambda: next(crops))
     slow("prefill", lambda: next(prefills))
     slow("step", lambda: 1000)
     slow("prepare", lambda: 1e6)  # no work of the network
@@ -217,16 +220,33 @@ def test_stages_add_up(nano: "LlavaNext", executor: Callable[..., Executor], tic
     assert times.latency("ttft") == pytest.approx(111)
     # The view counts in every tier, and in every answer.
     again = found.execute(0, replace(nano.space.full, tier="low")).timings
-    assert (again.vision, again.prefill) == pytest.approx((11, 400))
+    assert (again.vision, again.prefill) == pytest.approx((71, 400))
+
+
+def test_the_view_counts_only_where_it_is_taken_over(
+    nano: "LlavaNext",
+    executor: Callable[..., Executor],
+    ticks: Ticks,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(nano, "reuses_view", lambda tier: tier == "low")
+    found = executor(clock=ticks, max_new_tokens=1)
+    times = {
+        tier: found.execute(0, replace(nano.space.full, tier=tier)).timings.vision
+        for tier in ("medium", "low", "high")
+    }
+    assert times == pytest.approx({"medium": 10, "low": 71, "high": 20})
 
 
 def test_the_median_of_repeats_counts(
     nano: "LlavaNext", executor: Callable[..., Executor], ticks: Ticks, calls: dict[str, int]
 ) -> None:
     found = executor(clock=ticks, repeats=3, max_new_tokens=1).execute(0, nano.space.full)
+    assert found.timings.vision == pytest.approx(3 + 20)
     assert found.timings.prefill == pytest.approx(130)
     assert found.timings.decode == 0
-    assert (calls["prefill"], calls["encode"]) == (3, 1)
+    counts = [calls[name] for name in ("prepare", "glance", "encode", "prefill")]
+    assert counts == [1, 3, 3, 3]
 
 
 def test_real_times_are_above_nothing(nano: "LlavaNext", executor: Callable[..., Executor]) -> None:
@@ -239,9 +259,9 @@ def test_a_warm_up_answers_in_every_tier_for_nothing(
 ) -> None:
     found = executor()
     found.warm_up(2)
-    assert (calls["look"], calls["encode"], calls["prefill"]) == (6, 6, 6)
+    assert (calls["glance"], calls["encode"], calls["prefill"]) == (6, 6, 6)
     found.warm_up(0)
-    assert calls["look"] == 6
+    assert calls["glance"] == 6
 
 
 # Captions

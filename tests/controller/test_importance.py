@@ -13,8 +13,8 @@ from moectl.controller.importance import (
     Removal,
     beam_search,
     order_of,
+    rank_correlation,
     read_importance,
-    select,
     spearman,
     write_importance,
 )
@@ -110,24 +110,6 @@ def test_equal_scores_keep_the_order_of_the_blocks() -> None:
     assert order_of(dict.fromkeys([3, 1, 0, 2], 0.5), (0,)) == [0, 1, 2, 3]
 
 
-def test_selecting_keeps_the_most_important_and_the_always_on() -> None:
-    # The last block is forced in; the second most important one stays.
-    scores = {0: 0.9, 1: 0.8, 2: 0.1, 3: 0.0}
-    assert select(scores, (0, 3), 3) == [0, 1, 3]
-    assert select(scores, (0,), 3) == [0, 1, 2]
-    assert select(scores, (0,), 4) == [0, 1, 2, 3]
-    for count in range(1, 16):
-        smaller, larger = (set(select(MOLMOE, (0,), n)) for n in (count, count + 1))
-        assert smaller < larger
-        assert len(smaller) == count
-
-
-@pytest.mark.parametrize("count", [1, 5])
-def test_impossible_numbers_of_blocks_are_refused(count: int) -> None:
-    with pytest.raises(ValueError, match=f"{count} blocks: expected 2 to 4"):
-        select(dict.fromkeys(range(4), 0.1), (0, 3), count)
-
-
 def test_rank_correlation_follows_ranks_alone() -> None:
     cubed = {block: score**3 for block, score in MOLMOE.items()}
     turned = {block: -score for block, score in MOLMOE.items()}
@@ -138,6 +120,12 @@ def test_rank_correlation_follows_ranks_alone() -> None:
     second = dict(enumerate([20.0, 10.0, 40.0, 30.0, 50.0]))
     assert spearman(first, second) == pytest.approx(0.8)
     assert spearman(first, dict(reversed(second.items()))) == pytest.approx(0.8)
+
+
+def test_pairs_correlate_by_their_ranks() -> None:
+    assert rank_correlation([1, 2, 30, 4], [5, 6, 9, 8]) == pytest.approx(1)
+    assert rank_correlation([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
+    assert rank_correlation([1, 2, 3], [7, 7, 7]) == 0
 
 
 def test_equal_scores_correlate_with_nothing() -> None:

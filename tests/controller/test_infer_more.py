@@ -13,6 +13,7 @@ from moectl.controller import infer as module
 from moectl.controller import weights
 from moectl.controller.backbone import generate
 from moectl.controller.llava import LlavaNext
+from moectl.engine.errors import UserError
 
 Call = Callable[..., tuple[int, str, str]]
 
@@ -174,6 +175,40 @@ def test_an_image_is_prepared_once_for_each_tier_and_off_the_clock(
     assert found["measured"]["controller"] < 200
 
 
+def test_the_image_is_resized_off_the_clock_before_it_is_looked_at(
+    ask: Callable[..., Any], nano_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = LlavaNext.overview
+
+    def overview(self: Any, image: Any) -> Any:
+        time.sleep(0.5)
+        return own(self, image)
+
+    monkeypatch.setattr(LlavaNext, "overview", overview)
+    assert ask("--run", str(nano_run), "--clock", "wall")["latency"] < 500
+
+
+def test_a_view_that_is_not_taken_over_is_the_controller_s(
+    ask: Callable[..., Any], nano_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = LlavaNext.glance
+
+    def glance(self: Any, pixels: Any) -> Any:
+        time.sleep(0.5)
+        return own(self, pixels)
+
+    monkeypatch.setattr(LlavaNext, "glance", glance)
+    steered = ("--run", str(nano_run), "--clock", "wall", "--compare")
+    planned = (*plan_file(tmp_path, FULL), "--clock", "wall")
+    for taken_over in (True, False):
+        monkeypatch.setattr(LlavaNext, "reuses_view", lambda *_, found=taken_over: found)
+        found, plain = ask(*steered), ask(*planned)
+        answers = (found["measured"], found["full"]["measured"], plain["measured"])
+        assert [times["vision"] > 500 for times in answers] == [taken_over] * 3
+        charged = [times["controller"] > 500 for times in answers]
+        assert charged == [not taken_over, False, False]
+
+
 def test_first_answers_that_do_not_count_are_short(
     ask: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -314,6 +349,20 @@ def test_budgets_are_in_the_unit_of_the_training(
     words = ("--run", str(nano_run), "--latency-source", "flops", "--tables", str(own_tables))
     err = refused(*words)
     assert err.startswith(f"error: {nano_run}: was trained for budgets in ms, not GFLOP")
+
+
+def test_a_run_that_failed_early_has_no_weights(refused: Callable[..., str], own_run: Path) -> None:
+    def fail(values: Any) -> None:
+        values.update(status="failed", weights=[])
+        del values["world"]
+
+    edit(own_run / "run.json", fail)
+    assert "no weights @best" in refused("--run", str(own_run))
+
+
+def test_a_table_and_a_plan_are_not_both_taken() -> None:
+    with pytest.raises(UserError, match=r"--policy lut and --plan one.json: both choose the plan"):
+        module.Choice("lut", Path("one.json"))
 
 
 def test_the_simulation_answers_nothing(refused: Callable[..., str], sim_run: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from moectl.controller.ledger import rank_correlation, validation_summary
+from moectl.controller.ledger import validation_summary
 
 Train = Callable[..., Path]
 
@@ -88,12 +88,6 @@ def test_a_validation_is_summed_up() -> None:
     assert list(found.values()) == pytest.approx(
         [0.4, 0.6, 520 / 3, 1 / 3, 100 + 0.9 * 230, 0.1 / 3, 1.0, 2]
     )
-
-
-def test_a_rank_correlation_goes_by_ranks() -> None:
-    assert rank_correlation([1, 2, 30, 4], [5, 6, 9, 8]) == pytest.approx(1)
-    assert rank_correlation([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
-    assert rank_correlation([1, 2, 3], [7, 7, 7]) == 0
 
 
 def test_an_execution_is_written_with_all_that_made_it(sim_run: Path) -> None:

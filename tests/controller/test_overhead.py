@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from moectl.controller import overhead as module
+from moectl.controller import policy
 from moectl.controller.executor import Executor
 from moectl.controller.overhead import overhead
 from moectl.controller.samples import Sample
@@ -34,7 +35,7 @@ def test_the_choice_itself_is_timed(
     simulated: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = [0.0]
-    own = module.plans
+    own = policy.plans
 
     def plans(*given: Any) -> Any:
         clock[0] += 0.25

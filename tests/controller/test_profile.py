@@ -61,7 +61,7 @@ def test_importance_has_the_order_of_the_simulation(sim_tables: Path) -> None:
 
 
 def test_a_score_is_what_is_lost_without_the_block(sim_tables: Path) -> None:
-    alone = Simulator(3, 42, "val")
+    alone = Simulator(4, 42, "val")
     found = read_importance(sim_tables / "importance.json", 16)
     for block in (1, 4, 15):
         active = tuple(other != block for other in range(16))
@@ -93,7 +93,7 @@ def test_the_table_is_that_of_the_records(sim_tables: Path) -> None:
     table = read_table(sim_tables / "lut.json")
     assert table.rows == build(records, "total").rows
     assert len(table.rows) == 45
-    alone = Simulator(3, 42, "val")
+    alone = Simulator(4, 42, "val")
     order = read(sim_tables, "profile.json")["importance"]["order"]
     for row in table.rows[::11]:
         plan = table.plan(row, space(), order)
@@ -355,13 +355,13 @@ def test_importance_without_labels_is_that_of_the_network(
 def test_an_image_is_encoded_once_for_all_blocks(
     profile_sim: Profile, network: Executor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    looks, own = [0], network.backbone.look
+    looks, own = [0], network.backbone.glance
 
-    def look(image: Any) -> Any:
+    def glance(pixels: Any) -> Any:
         looks[0] += 1
-        return own(image)
+        return own(pixels)
 
-    monkeypatch.setattr(network.backbone, "look", look)
+    monkeypatch.setattr(network.backbone, "glance", glance)
     folder = profile_sim(tmp_path / "run", profile__what=("importance",))
     assert looks[0] == 3
     assert len(executions(folder)) == 3 * 6

@@ -70,9 +70,10 @@ def test_the_view_of_the_coarsest_tier_is_taken_over_bit_by_bit(
     view = backbone.look(picture)
     inputs = {tier: backbone.prepare(picture, "what?", "vqa", tier) for tier in TIERS}
     assert backbone.encode(inputs["low"], view) is view.hidden[1]
-    for each in inputs.values():
+    for each_tier, each in inputs.items():
         reused, again = backbone.encode(each, view), backbone.encode(each)
         assert all(map(torch.equal, reused.pooler_output, again.pooler_output))
+        assert backbone.reuses_view(each_tier) == (reused is view.hidden[1])
     assert view.feature.shape == (backbone.vision_dim,)
     torch.testing.assert_close(
         view.feature, view.hidden[1].last_hidden_state.flatten(0, -2).mean(0)

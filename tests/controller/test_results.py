@@ -212,13 +212,14 @@ def test_results_know_policy_budget_and_published_scores() -> None:
 # Files
 
 
-def document(given: Any) -> dict[str, Any]:
+def document(given: Any, name: str = "a") -> dict[str, Any]:
     results = [
-        {"dataset": "a", "split": "test", "num_samples": 1, **one}
+        {"dataset": name, "split": "test", "num_samples": 1, **one}
         for one in results_of(given, space(), [], 100)
     ]
     part = {"results": results, "pareto": pareto_of(results, [], 40.0)}
-    return {"split": "test", "unit": "ms", "budgets": [10.0, 20.5], "datasets": {"a": part}}
+    budgets = list(given["controller"])
+    return {"split": "test", "unit": "ms", "budgets": budgets, "datasets": {name: part}}
 
 
 def test_files_hold_all_policies_of_a_budget(tmp_path: Path) -> None:
@@ -250,7 +251,11 @@ def test_files_hold_all_policies_of_a_budget(tmp_path: Path) -> None:
 
 
 def test_an_earlier_evaluation_makes_room(tmp_path: Path) -> None:
-    for name in ("a_test_budget_7_results.json", "a_test_budget_7_predictions.jsonl", "a.png"):
+    for name in (
+        "a_test_budget_7_results.json",
+        "a_test_budget_7_predictions.jsonl",
+        "a_knobs.png",
+    ):
         (tmp_path / name).write_text("")
     (tmp_path / "notes.txt").write_text("mine")
     given = outcomes(controller={10.0: [(0.4, 10)], 20.5: [(0.8, 20)]})
@@ -258,3 +263,45 @@ def test_an_earlier_evaluation_makes_room(tmp_path: Path) -> None:
     assert not [path for path in tmp_path.iterdir() if "_7_" in path.name or path.suffix == ".png"]
     assert not list(tmp_path.glob("*.jsonl"))
     assert (tmp_path / "notes.txt").exists()
+
+
+def test_an_evaluation_of_other_data_sets_is_kept(tmp_path: Path) -> None:
+    folder, kept = tmp_path / "test@best", tmp_path / "test@best@synth"
+    given = outcomes(controller={10.0: [(0.4, 10)]})
+    first = document(given, "synth")
+    write_results(folder, first, given)
+    (folder / "synth_knobs.png").write_text("drawn")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    write_results(folder, document(outcomes(controller={30.0: [(0.4, 10)]}), "real"), {})
+    assert {path.name: path.read_bytes() for path in kept.iterdir()} == before
+    assert {path.name for path in folder.iterdir()} == {
+        "eval.json", "pareto_data.json", "real_test_budget_30_results.json",
+    }  # fmt: skip
+    write_results(folder, first, {})
+    assert json.loads((folder / "eval.json").read_text()) == first
+    assert (tmp_path / "test@best@real" / "real_test_budget_30_results.json").exists()
+    assert not kept.exists(), "written anew"
+
+
+def test_a_torn_evaluation_loses_only_files_of_the_data_sets_written(tmp_path: Path) -> None:
+    folder = tmp_path / "x"
+    folder.mkdir()
+    (folder / "eval.json").write_text("{")
+    for name in ("a_test_budget_7_results.json", "b_test_budget_7_results.json", "b_knobs.png"):
+        (folder / name).write_text("")
+    write_results(folder, document(outcomes(controller={10.0: [(0.4, 10)]})), {})
+    assert {path.name for path in folder.iterdir()} == {
+        "eval.json", "pareto_data.json", "a_test_budget_10_results.json",
+        "b_test_budget_7_results.json", "b_knobs.png",
+    }  # fmt: skip
+
+
+def test_budgets_that_print_alike_have_files_of_their_own(tmp_path: Path) -> None:
+    budgets = [150.0, 1234567.1, 1234567.2]
+    given = outcomes(controller={budget: [(0.4, 10)] for budget in budgets})
+    write_results(tmp_path, document(given), given)
+    for end in ("results.json", "predictions.jsonl"):
+        names = {path.name for path in tmp_path.glob(f"*_{end}")}
+        assert names == {
+            f"a_test_budget_{text}_{end}" for text in ("150", "1234567.1", "1234567.2")
+        }
