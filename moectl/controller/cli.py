@@ -128,7 +128,8 @@ def infer(  # noqa: PLR0913 - the options of a command
     from moectl.controller.questions import questions_of
 
     asked = questions_of(image, prompt, budget, questions)
-    choice = Choice("plan" if plan and policy != "lut" else policy, plan, target_violation if guard else 0.0)
+    by = "plan" if plan and policy != "lut" else policy
+    choice = Choice(by, plan, target_violation if guard else 0.0)
     found = run_infer(request, asked, choice, compare=compare)
     if questions is None and len(found) == 1:
         console.result(found[0], shown(found[0]))

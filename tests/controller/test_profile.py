@@ -18,7 +18,6 @@ from moectl.controller.importance import MOLMOE, read_importance
 from moectl.controller.influence import block_influence, divergences
 from moectl.controller.latency import read_estimator
 from moectl.controller.profile import grid_plans, random_plans, without
-from moectl.controller.records import read_records
 from moectl.controller.samples import Sample
 from moectl.controller.simulator import Simulator, space
 from moectl.controller.table import build, read_table
@@ -88,7 +87,8 @@ def test_the_search_finds_the_blocks_that_matter_least(
 
 
 def test_the_table_is_that_of_the_records(sim_tables: Path) -> None:
-    records = read_records(sim_tables / "grid.jsonl")
+    text = (sim_tables / "grid.jsonl").read_text()
+    records = [json.loads(line) for line in text.splitlines()]
     assert len(records) == 3 * 3 * 3 * 5
     table = read_table(sim_tables / "lut.json")
     assert table.rows == build(records, "total").rows
