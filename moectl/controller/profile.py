@@ -280,7 +280,7 @@ def _grid(
             )
     lines = "".join(f"{json.dumps(values, allow_nan=False)}\n" for values in found)
     write_text(profiler.run.folder / "grid.jsonl", lines)
-    table = build(found, latency.objective, "mean", latency.source)
+    table = build(found, latency.objective, latency.source)
     typical = statistics.fmean(values["output_tokens"] for values in found)
     table.metadata.update(model=profiler.facts["model"], order=list(order), new_tokens=typical)
     write_json(profiler.run.folder / "lut.json", table.plain())

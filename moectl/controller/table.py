@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from moectl.controller.execution import Objective
 from moectl.controller.plans import Plan, Space
@@ -144,7 +144,6 @@ def _row_plain(row: Row) -> dict[str, Any]:
 def build(
     records: Sequence[Record],
     objective: Objective,
-    aggregation: Literal["mean"] = "mean",
     source: Source = "measured",
 ) -> Table:
     """Make a table of all records whose plan has one number of experts.
@@ -152,7 +151,6 @@ def build(
     Args:
         records: of `records.record`, of one network.
         objective: which latency. Answers of one token have no `per_token`.
-        aggregation: of the samples, to be written down.
         source: times, or work.
 
     Raises:
@@ -174,7 +172,7 @@ def build(
     rows = tuple(_row(groups[key], objective, source) for key in sorted(groups))
     if len({row.samples for row in rows}) > 1:
         log.warning("the plans of the table were not all run on the same number of samples")
-    return Table(rows, objective, unit_of(source), {"aggregation": aggregation})
+    return Table(rows, objective, unit_of(source), {"aggregation": "mean"})
 
 
 def _row(records: Sequence[Record], objective: Objective, source: Source) -> Row:
