@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+_SAME = 1e-6  # spread of a feature that does not vary
+
 
 class Scores(NamedTuple):
     """Logits of the parts of a plan."""
@@ -114,6 +116,11 @@ class Controller(nn.Module):
         dropout: in training.
     """
 
+    vision_mean: Tensor
+    vision_std: Tensor
+    language_mean: Tensor
+    language_std: Tensor
+
     def __init__(  # noqa: PLR0913
         self,
         *,
@@ -130,6 +137,9 @@ class Controller(nn.Module):
     ) -> None:
         super().__init__()
         self.blocks, self.choices = blocks, choices
+        for name, width in (("vision", vision), ("language", language)):
+            self.register_buffer(f"{name}_mean", torch.zeros(width))
+            self.register_buffer(f"{name}_std", torch.ones(width))
         self.vision_proj = _projection(vision, hidden, dropout)
         self.language_proj = _projection(language, hidden, dropout)
         self.budget_proj = _projection(budget, hidden, dropout)
@@ -141,11 +151,22 @@ class Controller(nn.Module):
         self.block_head = nn.Linear(hidden, optional)
         self.top_k_head = nn.Linear(hidden, blocks * choices)
 
+    def standardise(self, vision: Tensor, language: Tensor) -> None:
+        """Measure features from now on by how they vary over questions, (N, ...) each.
+
+        Means of embeddings are small numbers that differ little: beside the biases of the first
+        layers they would hardly show.
+        """
+        for name, features in (("vision", vision), ("language", language)):
+            spread = features.std(0, correction=0)
+            getattr(self, f"{name}_mean").copy_(features.mean(0))
+            getattr(self, f"{name}_std").copy_(spread.where(spread > _SAME, 1.0))
+
     def forward(self, vision: Tensor, language: Tensor, budget: Tensor) -> Scores:
         """Map features (B, ...) and codes (B, D) to the logits of a plan's parts."""
         parts = [
-            self.vision_proj(vision),
-            self.language_proj(language),
+            self.vision_proj((vision - self.vision_mean) / self.vision_std),
+            self.language_proj((language - self.language_mean) / self.language_std),
             self.budget_proj(budget),
         ]
         fused = self.fusion(torch.cat(parts, 1))

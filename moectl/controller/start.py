@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from moectl.controller.clone import clone
 from moectl.controller.environment import Features
@@ -61,6 +62,7 @@ def begin(settings: Any, world: World) -> tuple[Policy, dict[str, Any]]:
     _warn(settings.policy, world)
     seed_all(settings.train.seed, "init")
     policy = build(arguments)
+    policy.controller.standardise(*features)
     if world.learned and world.facts["importance"]:
         _prefer(policy, world)
     if settings.grpo.init_from is not None:
@@ -101,7 +103,10 @@ def _prefer(policy: Policy, world: World) -> None:
 
 
 def _load(policy: Policy, path: Path) -> None:
-    """Take weights from a file; parts that it lacks stay new."""
+    """Take weights from a file; parts that it lacks stay new.
+
+    Weights without a standardisation of the features learned from features as they are.
+    """
     payload = load(path).payload
     known = [name for names in KEYS.values() for name in names]
     held = {name: payload[name] for name in known if isinstance(payload.get(name), dict)}
@@ -111,6 +116,8 @@ def _load(policy: Policy, path: Path) -> None:
         module = getattr(policy, part)
         state: dict[str, Any] = next((held[name] for name in names if name in held), {})
         own = module.state_dict()
+        if state:
+            state = {**_plain(own), **state}
         if missing := [name for name in own if name not in state]:
             log.warning(
                 "%s: lacks %d of the %d weights of the %s, %s among them: these start new",
@@ -126,3 +133,9 @@ def _load(policy: Policy, path: Path) -> None:
                     " other widths (policy.*)"
                 )
         module.load_state_dict({**own, **state})
+
+
+def _plain(own: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a standardisation that changes nothing, for a module that has one."""
+    means = {name: torch.zeros_like(own[name]) for name in own if name.endswith("_mean")}
+    return {**means, **{name: torch.ones_like(own[name]) for name in own if name.endswith("_std")}}

@@ -44,10 +44,10 @@ log = logging.getLogger(__name__)
 
 MONITOR = "val/accuracy"
 TABLE = "toy.csv"
-_BEGINNING = 0.4
+_BEGINNING = 0.3
 """Share of the training that sees the coarsest tier alone."""
-_COARSEST = 0.2
-"""Probability of the coarsest tier after that."""
+_SHARES = (0.15, 0.5, 0.35)
+"""Of the tiers after that: the one in the middle is the hardest to read, the last costs most."""
 _FEWER_EXPERTS = 0.25
 """Probability that an update has random numbers of experts."""
 _WARMUP = 0.05
@@ -179,8 +179,7 @@ def draw_plan(space: Space, progress: float, drop: float, dice: random.Random) -
         drop: probability of skipping a block; no more are skipped than the space allows.
         dice: what is drawn from.
     """
-    coarse = progress < _BEGINNING or dice.random() < _COARSEST
-    tier = space.tiers[0] if coarse else dice.choice(space.tiers[1:])
+    tier = dice.choices(space.tiers, _SHARES)[0] if progress >= _BEGINNING else space.tiers[0]
     skipped = [block for block in space.optional if dice.random() < drop]
     most = space.blocks - space.min_active
     skipped = dice.sample(skipped, min(most, len(skipped)))

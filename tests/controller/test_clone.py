@@ -84,7 +84,7 @@ def test_copies_are_a_function_of_the_seed() -> None:
 def test_the_head_of_the_blocks_rests_where_others_choose_them() -> None:
     of, before = policy(), policy()
     copied(of, 2, learned=False)
-    states = [part.controller.state_dict() for part in (of, before)]
+    states = [dict(part.controller.named_parameters()) for part in (of, before)]
     same = {name for name, value in states[0].items() if torch.equal(value, states[1][name])}
     assert same == {"block_head.weight", "block_head.bias"}
 

@@ -120,7 +120,7 @@ def test_parts_that_a_file_lacks_start_new(
     with caplog.at_level(logging.WARNING):
         found, new = begun(grpo__init_from=tmp_path / "w.pt"), begun()
     assert [record.getMessage().split(": ", 1)[1] for record in caplog.records] == [
-        "lacks 2 of the 26 weights of the controller, count_head.weight among them: these start"
+        "lacks 2 of the 30 weights of the controller, count_head.weight among them: these start"
         " new",
         "lacks 8 of the 8 weights of the budget_encoder, mlp.0.weight among them: these start new",
     ]
