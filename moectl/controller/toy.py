@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from moectl import __version__
 from moectl.controller import tiny
+from moectl.controller.apply import routers
 from moectl.controller.data import load
 from moectl.controller.llava import LlavaNext
 from moectl.controller.open import FACTS, WEIGHTS
@@ -48,7 +49,7 @@ _BEGINNING = 0.3
 """Share of the training that sees the coarsest tier alone."""
 _SHARES = (0.15, 0.5, 0.35)
 """Of the tiers after that: the one in the middle is the hardest to read, the last costs most."""
-_FEWER_EXPERTS = 0.25
+_FEWER_EXPERTS = 0.1
 """Probability that an update has random numbers of experts."""
 _WARMUP = 0.05
 """Share of the training in which the learning rate rises."""
@@ -132,11 +133,17 @@ def build(settings: "ControllerSettings", device: torch.device) -> LlavaNext:
     built: tuple[Any, Any] = tiny.build(toy.size, toy.text, settings.train.seed)
     model, processor = built[0].to(device), built[1]
     backbone = LlavaNext(model, processor, name="toy", instruct=False)
-    model.requires_grad_(True)
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.ndim > 1:
-                weight.mul_(_ENLIVEN)
+    chosen = {
+        id(weight)
+        for layer in backbone.layers
+        for part in routers(layer)
+        for weight in part.parameters()
+    }
+    for weight in model.parameters():
+        # Routers stay as they are drawn, nearly even: an expert that is left out is then missed.
+        weight.requires_grad_(id(weight) not in chosen)
+        if weight.ndim > 1 and weight.requires_grad:
+            weight.data.mul_(_ENLIVEN)
     return backbone
 
 
