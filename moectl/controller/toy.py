@@ -133,17 +133,17 @@ def build(settings: "ControllerSettings", device: torch.device) -> LlavaNext:
     built: tuple[Any, Any] = tiny.build(toy.size, toy.text, settings.train.seed)
     model, processor = built[0].to(device), built[1]
     backbone = LlavaNext(model, processor, name="toy", instruct=False)
-    chosen = {
-        id(weight)
-        for layer in backbone.layers
-        for part in routers(layer)
-        for weight in part.parameters()
-    }
-    for weight in model.parameters():
-        # Routers stay as they are drawn, nearly even: an expert that is left out is then missed.
-        weight.requires_grad_(id(weight) not in chosen)
-        if weight.ndim > 1 and weight.requires_grad:
-            weight.data.mul_(_ENLIVEN)
+    model.requires_grad_(True)
+    space = backbone.space
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith("mlp.gate.weight"):
+                # Routers stay as they are drawn, nearly even: experts left out are then missed.
+                weight.requires_grad_(False)
+            elif weight.ndim > 1:
+                weight.mul_(_ENLIVEN)
+            if name.endswith("experts.down_proj"):
+                weight.mul_(weight.shape[0] / math.sqrt(space.default_top_k))
     return backbone
 
 
