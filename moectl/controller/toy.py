@@ -21,8 +21,7 @@ from torch.nn import functional as F
 
 from moectl import __version__
 from moectl.controller import tiny
-from moectl.controller.apply import routers
-from moectl.controller.data import load
+from moectl.controller.data import Data, load, load_test
 from moectl.controller.llava import LlavaNext
 from moectl.controller.open import FACTS, WEIGHTS
 from moectl.controller.plans import Plan, Space, Tier
@@ -91,8 +90,7 @@ def train_toy(settings: "ControllerSettings", run: "Run[ControllerSettings]") ->
     if run.accelerator.num_processes > 1:
         raise UserError("toy teaches in one process", "start it without accelerate launch")
     toy = settings.toy
-    counts = {"train_samples": toy.train_samples, "val_samples": toy.val_samples}
-    data = load(settings.data.model_copy(update=counts), settings.train.seed)
+    data = load_apart(settings)
     backbone = build(settings, run.device)
     pictures = by_image(data.train)
     first = [samples for samples in pictures if "small" not in map(kind_of, samples)] or pictures
@@ -125,6 +123,33 @@ def train_toy(settings: "ControllerSettings", run: "Run[ControllerSettings]") ->
                 _save(run, backbone.model, {**facts, "epoch": step.epoch + 1, **found})
 
     _finish(run, backbone, data.val)
+
+
+def load_apart(settings: "ControllerSettings") -> Data:
+    """Load questions about other images than the same settings later give to the policy.
+
+    Raises:
+        UserError: if no other image is left, or as `load`.
+    """
+    section, toy, seed = settings.data, settings.toy, settings.train.seed
+    policy = load(section, seed)
+    asked = (*policy.train, *policy.val, *load_test(section, seed))
+    images = {sample.image_id for sample in asked}
+    counts = {
+        "train_samples": section.train_samples + toy.train_samples,
+        "val_samples": section.val_samples + toy.val_samples,
+    }
+    found = load(section.model_copy(update=counts), seed)
+    train, val = (
+        [sample for sample in samples if sample.image_id not in images][:count]
+        for samples, count in ((found.train, toy.train_samples), (found.val, toy.val_samples))
+    )
+    if not train or not val:
+        raise UserError(
+            f"{', '.join(section.dataset)}: no images but those of the policy's own questions",
+            "ask for fewer of these: --train-samples, --val-samples",
+        )
+    return Data(train, val, {**found.facts, "samples": {"train": len(train), "val": len(val)}})
 
 
 def build(settings: "ControllerSettings", device: torch.device) -> LlavaNext:

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from moectl.controller import toy
-from moectl.controller.data import _synthetic
+from moectl.controller.data import _synthetic, load, load_test
 from moectl.controller.llava import LlavaNext
 from moectl.controller.open import FACTS, WEIGHTS, open_backbone
 from moectl.controller.plans import Plan
@@ -24,6 +24,7 @@ from moectl.controller.samples import Sample
 from moectl.engine.errors import Interrupted, UserError
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from torch import Tensor
 
 VALUES: dict[str, Any] = {
@@ -178,6 +179,42 @@ def test_right_is_every_word_of_an_answer(
         assert toy.right(backbone, samples, plan) == [row != wrong for row in range(3)]
 
 
+# What it learns from
+
+
+def test_its_pictures_are_not_those_of_the_policy(simulated: Callable[..., Any]) -> None:
+    settings = simulated(**VALUES)
+    own = toy.load_apart(settings)
+    policy = load(settings.data, settings.train.seed)
+    others = [*policy.train, *policy.val, *load_test(settings.data, settings.train.seed)]
+    train, val, used = (
+        {sample.image_id for sample in samples} for samples in (own.train, own.val, others)
+    )
+
+    assert (len(own.train), len(own.val)) == (12, 4)
+    assert own.facts["samples"] == {"train": 12, "val": 4}
+    assert not train & val
+    assert not (train | val) & used
+
+
+def test_a_file_that_the_policy_needs_whole_teaches_nothing(
+    simulated: Callable[..., Any], tmp_path: Path, picture: "Image"
+) -> None:
+    lines = []
+    for number in range(6):
+        picture.save(tmp_path / f"{number}.png")
+        lines.append({"id": number, "image": f"{number}.png", "question": "?", "answers": ["a"]})
+    file = tmp_path / "questions.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    values = {
+        **VALUES, "data__dataset": ("jsonl",), "data__file": file, "data__root": tmp_path,
+        "data__train_samples": 2, "data__val_samples": 1, "data__test_samples": 3,
+        "toy__val_samples": 1,
+    }  # fmt: skip
+    with pytest.raises(UserError, match="jsonl: no images but those of the policy"):
+        toy.load_apart(simulated(**values))
+
+
 # What is drawn
 
 
@@ -196,7 +233,7 @@ def test_plans_of_updates_begin_coarse_and_stay_in_the_space(backbone: LlavaNext
         1, 2, 3, 4, 5,
     }  # fmt: skip
     fewer = [plan for plan in late if set(plan.top_k) != {8}]
-    assert len(fewer) / 600 == pytest.approx(0.25, abs=0.06)
+    assert len(fewer) / 600 == pytest.approx(0.1, abs=0.04)
     assert {top_k for plan in fewer for top_k in plan.top_k} == {4, 5, 6, 7, 8}
     assert late[7] == toy.draw_plan(space, 0.9, 0.5, random.Random(7))
     never = [toy.draw_plan(space, 0.9, 0.0, random.Random(n)) for n in range(50)]
