@@ -17,6 +17,7 @@ def _size(settings: Any) -> dict[str, Any]:
 
 
 _ASKED = ("data", "backbone", "latency")
+_GUARD_TARGET = 0.05
 _DROPPED = {
     "--results-dir": "use --out DIR, or --name; nothing was read from that folder",
     "--output-dir": "use --out DIR for the run folder, or MOECTL_RUNS for the folder of all runs",
@@ -118,9 +119,14 @@ def infer(  # noqa: PLR0913 - the options of a command
         bool, typer.Option("--guard", help="Make plans cheaper that may miss the budget.")
     ] = False,
     target_violation: Annotated[
-        float,
-        typer.Option("--target-violation", min=0.001, max=0.5, help="Budgets the guard may miss."),
-    ] = 0.05,
+        float | None,
+        typer.Option(
+            "--target-violation",
+            min=0.001,
+            max=0.5,
+            help="Budgets that the guard may miss; --guard alone: 0.05.",
+        ),
+    ] = None,
 ) -> None:
     """Answer a question within a budget."""
     from moectl.controller.answers import shown, shown_all, summary
@@ -129,7 +135,7 @@ def infer(  # noqa: PLR0913 - the options of a command
 
     asked = questions_of(image, prompt, budget, questions)
     by = "plan" if plan and policy != "lut" else policy
-    choice = Choice(by, plan, target_violation if guard else 0.0)
+    choice = Choice(by, plan, target_violation or (_GUARD_TARGET if guard else 0.0))
     found = run_infer(request, asked, choice, compare=compare)
     if questions is None and len(found) == 1:
         console.result(found[0], shown(found[0]))

@@ -1,5 +1,6 @@
 """Open a vision-language network: a small one of our own, a folder, or a name on the hub."""
 
+import logging
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,6 +11,8 @@ from moectl.controller.backbone import Backbone
 from moectl.engine.errors import UserError
 from moectl.engine.files import is_file, read_json
 from moectl.engine.launch import offline
+
+log = logging.getLogger(__name__)
 
 FAMILIES = ("llava_next", "qwen3_vl_moe", "qwen3_5_moe", "idefics3", "smolvlm", "moectl_molmoe")
 """What `model_type` in a network's config.json may be; the last is a converted MolmoE."""
@@ -50,6 +53,8 @@ def open_backbone(
             saved = "bfloat16" if dtype == "auto" else dtype
             return open_molmoe(folder, device, getattr(torch, saved), experts)
         return _native(str(folder), model, device, dtype, experts)
+    if not offline():
+        log.warning("fetching %s from the hub, if it is not kept already", model)
     return _native(model, model, device, dtype, experts)
 
 

@@ -126,7 +126,7 @@ def train_toy(settings: "ControllerSettings", run: "Run[ControllerSettings]") ->
 
 
 def load_apart(settings: "ControllerSettings") -> Data:
-    """Load questions about other images than the same settings later give to the policy.
+    """Load questions to learn from about other images than the same settings give to the policy.
 
     Raises:
         UserError: if no other image is left, or as `load`.
@@ -137,14 +137,12 @@ def load_apart(settings: "ControllerSettings") -> Data:
     images = {sample.image_id for sample in asked}
     counts = {
         "train_samples": section.train_samples + toy.train_samples,
-        "val_samples": section.val_samples + toy.val_samples,
+        "val_samples": max(section.val_samples, toy.val_samples),
     }
     found = load(section.model_copy(update=counts), seed)
-    train, val = (
-        [sample for sample in samples if sample.image_id not in images][:count]
-        for samples, count in ((found.train, toy.train_samples), (found.val, toy.val_samples))
-    )
-    if not train or not val:
+    train = [sample for sample in found.train if sample.image_id not in images]
+    train, val = train[: toy.train_samples], found.val[: toy.val_samples]
+    if not train:
         raise UserError(
             f"{', '.join(section.dataset)}: no images but those of the policy's own questions",
             "ask for fewer of these: --train-samples, --val-samples",

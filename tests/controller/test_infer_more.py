@@ -133,9 +133,9 @@ def test_a_stricter_guard_keeps_more_free_as_far_as_its_residuals_reach(
         *plan_file(tmp_path, FULL),
         "--tables",
         str(nano_tables),
-        "--guard",
         "--target-violation",
     )
+    # It asks for the guard by itself.
     assert ask(*words, "0.3")["guard"]["limit"] == pytest.approx(40 * (1 - 0.14))
     err = refused(*words, "0.01")
     assert err.startswith(
