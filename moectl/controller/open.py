@@ -1,6 +1,7 @@
 """Open a vision-language network: a small one of our own, a folder, or a name on the hub."""
 
 import logging
+import re
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,6 +14,8 @@ from moectl.engine.files import is_file, read_json
 from moectl.engine.launch import offline
 
 log = logging.getLogger(__name__)
+
+_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 FAMILIES = ("llava_next", "qwen3_vl_moe", "qwen3_5_moe", "idefics3", "smolvlm", "moectl_molmoe")
 """What `model_type` in a network's config.json may be; the last is a converted MolmoE."""
@@ -53,6 +56,8 @@ def open_backbone(
             saved = "bfloat16" if dtype == "auto" else dtype
             return open_molmoe(folder, device, getattr(torch, saved), experts)
         return _native(str(folder), model, device, dtype, experts)
+    if not _NAME.fullmatch(model):
+        raise UserError(f"{model}: no such network", _HINT)
     if not offline():
         log.warning("fetching %s from the hub, if it is not kept already", model)
     return _native(model, model, device, dtype, experts)
@@ -137,5 +142,5 @@ def _line(error: Exception) -> str:
 
 _HINT = (
     f"known families: {', '.join(FAMILIES)}; expected tiny, nano, a folder with vlm.json or"
-    " config.json, or a name on the hub"
+    " config.json, or the name of a network on the hub, owner/name"
 )

@@ -298,7 +298,7 @@ def test_a_network_that_moved_is_named(
 ) -> None:
     settings = own_run / "settings.toml"
     settings.write_text(settings.read_text().replace('model = "nano"', 'model = "moved"'))
-    assert "moved: no network of a known family" in refused("--run", str(own_run))
+    assert "moved: no such network" in refused("--run", str(own_run))
     assert ask("--run", str(own_run), "--model", "nano")["answer"]
 
 

@@ -1,6 +1,7 @@
 """Networks from every place that they may be in, and clear words where there are none."""
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -155,13 +156,22 @@ def test_code_of_a_checkpoint_is_not_run(tmp_path: Path) -> None:
     assert not mark.exists()
 
 
-def test_a_name_that_is_nowhere_is_refused() -> None:
+@pytest.mark.parametrize("name", ["nothing", "/nobody/nothing", "../nothing", "./nothing", "a/b/c"])
+def test_a_folder_that_is_not_there_is_not_looked_for_elsewhere(name: str) -> None:
+    with pytest.raises(UserError, match=f"^{re.escape(name)}: no such network"):
+        open_backbone(name, device="cpu")
+
+
+def test_a_name_that_is_nowhere_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOECTL_OFFLINE", "1")
     with pytest.raises(UserError, match="nobody/nothing: no network of a known family"):
         open_backbone("nobody/nothing", device="cpu")
 
 
 @pytest.mark.parametrize("value", ["1", ""])
-def test_the_hub_is_left_alone_if_told_so(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+def test_the_hub_is_left_alone_if_told_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, value: str
+) -> None:
     import transformers
 
     asked: list[dict[str, Any]] = []
@@ -175,6 +185,7 @@ def test_the_hub_is_left_alone_if_told_so(monkeypatch: pytest.MonkeyPatch, value
     with pytest.raises(UserError, match="not here"):
         open_backbone("nobody/nothing", device="cpu")
     assert asked == [{"trust_remote_code": False, "local_files_only": bool(value)}]
+    assert ("fetching nobody/nothing from the hub" in caplog.text) is not bool(value)
 
 
 @pytest.mark.parametrize(
