@@ -3,6 +3,8 @@
 Letters: N questions.
 """
 
+import hashlib
+import json
 import logging
 import platform
 import statistics
@@ -12,7 +14,9 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
+from accelerate import Accelerator
 
+from moectl.controller.history import Kept
 from moectl.controller.plans import Plan
 from moectl.controller.report import draw_evaluation, evaluation_text, report_again
 from moectl.controller.results import (
@@ -65,6 +69,8 @@ class Opened:
     """Of the weights, for names of files."""
     weights: dict[str, Any]
     world: World
+    kept: Kept
+    """Answers."""
     player: Player
     scene: Scene
     free: Pricing
@@ -78,6 +84,8 @@ class Opened:
 
 def run_eval(request: Request) -> tuple[dict[str, Any], str]:
     """Measure a trained controller and its rivals, and write `evals/test@TAG/`.
+
+    Where an evaluation was stopped, the same one goes on with the answers that it has.
 
     Args:
         request: the run, its weights, budgets and policies.
@@ -96,6 +104,7 @@ def run_eval(request: Request) -> tuple[dict[str, Any], str]:
     write_results(folder, document, outcomes if opened.settings.eval.save_predictions else {})
     draw_evaluation(folder, document)
     report_again(opened.folder)
+    opened.kept.file.path.unlink(missing_ok=True)
     log.info("%s", folder)
     return document, evaluation_text(document)
 
@@ -127,17 +136,32 @@ def open_trained(request: Request) -> Opened:
     _check(path, facts, world, record["world"])
     trained = replace(world, order=tuple(known["order"]))  # tables may be others than in training
     policy = policy.to(accelerator.device)
-    player = Player(policy, world.splits[SPLIT], world.pricing, trained.fixed)
+    kept = Kept(world.splits[SPLIT].inner, _unfinished(path.parent, settings, world, accelerator))
+    if kept.known:
+        log.info("%d answers of an evaluation that was stopped are taken over", len(kept.known))
+    player = Player(policy, kept, world.pricing, trained.fixed)
     return Opened(
         settings=settings,
         folder=path.parent,
         tag=path.stem,
         weights={"file": path.name, "sha256": facts["sha256"], "epoch": facts["epoch"]},
         world=world,
+        kept=kept,
         player=player,
         scene=_scene(settings, world, player),
         free=Pricing(settings, world.space, world.pricing.estimator, 0.0),
     )
+
+
+def _unfinished(folder: Path, settings: Any, world: World, accelerator: Accelerator) -> Path:
+    """Return the file of the answers so far; its name tells what they depend on."""
+    parts = [
+        settings.backbone.model_dump(mode="json"),
+        settings.latency.model_dump(mode="json"),
+        [world.facts["model"], _device_name(accelerator.device), world.splits[SPLIT].ids],
+    ]
+    digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+    return folder / f"evals/unfinished-{digest}.jsonl"
 
 
 def _check(path: Path, facts: Mapping[str, Any], world: World, known: Mapping[str, Any]) -> None:

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moectl.controller.environment import Environment, Remembered
 from moectl.controller.execution import Execution, execution_from
+from moectl.controller.plans import Plan
 from moectl.engine.files import csv_text, write_text
 from moectl.engine.tracking import MetricsFile
 
@@ -96,6 +98,7 @@ class Executions:
 
     def add(self, lines: Sequence[Mapping[str, Any]]) -> None:
         """Append lines."""
+        self.path.parent.mkdir(exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(line, allow_nan=False) + "\n" for line in lines)
 
@@ -119,4 +122,27 @@ class Executions:
             found.setdefault(
                 (line["sample_id"], line["plan_key"]), execution_from(line["execution"])
             )
+        return found
+
+
+class Kept(Remembered):
+    """An environment whose answers are on disk as soon as they are given, and found there again.
+
+    Args:
+        inner: answers what is new.
+        path: the file.
+    """
+
+    def __init__(self, inner: Environment, path: Path) -> None:
+        self.file = Executions(path)
+        self.file.keep_until(0)  # a torn last line would spoil the next one
+        super().__init__(inner, self.file.known())
+
+    def execute(self, row: int, plan: Plan) -> Execution:
+        """Answer question number `row` by a plan, or recall how that went."""
+        before = self.answered
+        found = super().execute(row, plan)
+        if self.answered > before:
+            line = {"sample_id": self.ids[row], "plan_key": plan.key(), "plan": plan.plain()}
+            self.file.add([{**line, "update": 0, "execution": found.plain()}])
         return found

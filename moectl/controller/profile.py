@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 
-from moectl.controller.environment import Remembered
 from moectl.controller.execution import Execution
 from moectl.controller.executor import Executor
-from moectl.controller.history import EXECUTIONS, Executions
+from moectl.controller.history import EXECUTIONS, Kept
 from moectl.controller.importance import (
     Removal,
     beam_search,
@@ -63,9 +62,7 @@ class Profiler:
         opened, self.facts = open_environments(settings, run.device, ("val",))
         require_same(run, self.facts)
         self.inner = opened["val"]
-        self.executions = Executions(run.folder / EXECUTIONS)
-        self.executions.keep_until(0)  # a torn last line would spoil the next one
-        self.environment = Remembered(self.inner, self.executions.known())
+        self.environment = Kept(self.inner, run.folder / EXECUTIONS)
         self.space: Space = self.inner.space
         # More of them would be questions that a training evaluates on.
         self.rows = range(min(run.settings.profile.samples, len(self.inner.ids)))
@@ -75,13 +72,7 @@ class Profiler:
     def answer(self, row: int, plan: Plan) -> Execution:
         """Answer question number `row` by a plan, unless the run was asked to stop."""
         self.pause()
-        place = (self.inner.ids[row], plan.key())
-        fresh = place not in self.environment.known
-        found = self.environment.execute(row, plan)
-        if fresh:
-            line = {"sample_id": place[0], "plan_key": place[1], "plan": plan.plain()}
-            self.executions.add([{**line, "update": 0, "execution": found.plain()}])
-        return found
+        return self.environment.execute(row, plan)
 
     def pause(self) -> None:
         """Stop if the run was asked to.

@@ -338,6 +338,41 @@ def test_equal_plans_are_answered_once(
     assert len(made) == len(set(made))
 
 
+def test_an_evaluation_that_was_stopped_goes_on(
+    own: Path, controller: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[tuple[int, str]] = []
+    answer, stop_after = Simulator.execute, 10
+
+    def execute(self: Simulator, row: int, plan: Any) -> Any:
+        if len(made) == stop_after:
+            raise KeyboardInterrupt
+        made.append((row, plan.key()))
+        return answer(self, row, plan)
+
+    def document(text: str) -> dict[str, Any]:
+        return {key: value for key, value in json.loads(text).items() if key != "choice_ms"}
+
+    words = ("--baseline", "static_full,static_min", "--num-samples", "8", "--budget", "150")
+    expected = document(controller("eval", *words, "--json")[1])
+    monkeypatch.setattr(Simulator, "execute", execute)
+    assert controller("eval", *words)[0] == 130
+    [kept] = (own / "evals").glob("unfinished-*")
+    kept.write_text(kept.read_text() + '{"sample_id": "torn')
+
+    stop_after = 1000
+    assert controller("eval", *words, "--num-samples", "4")[0] == 0  # others than those
+    assert kept.exists()
+    made[10:] = []
+    code, out, err = controller("eval", *words, "--json")
+    assert code == 0
+    assert "10 answers of an evaluation that was stopped are taken over" in err
+    assert document(out) == expected
+    assert set(made[:10]).isdisjoint(made[10:])
+    assert len(set(made)) == 8 * 3
+    assert not kept.exists()
+
+
 # What is refused
 
 
