@@ -7,7 +7,6 @@ import hashlib
 import json
 import logging
 import platform
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -40,7 +39,7 @@ from moectl.controller.rivals import (
 from moectl.controller.rollout import Player
 from moectl.controller.samples import shuffled
 from moectl.controller.settings import Policy
-from moectl.controller.timing import Clock
+from moectl.controller.timing import Clock, median_ms
 from moectl.controller.weights import open_policy, require_space
 from moectl.controller.world import World, full_latency, open_world
 from moectl.engine import console
@@ -54,8 +53,6 @@ log = logging.getLogger(__name__)
 
 SPLIT = "test"
 _BUDGETS = 8  # over the range that was trained for
-_CHOICES = 20  # times that choosing a plan is timed
-_UNSET = ("default", "settings.toml")
 
 
 @dataclass(frozen=True)
@@ -97,7 +94,7 @@ def run_eval(request: Request) -> tuple[dict[str, Any], str]:
         UserError: if the weights are of another network, or a policy lacks its table.
     """
     opened = open_trained(request)
-    named = request.origin.get("eval.policies", "default") not in _UNSET
+    named = request.names("eval.policies")
     policies = policies_of(opened, named=named)
     document, outcomes = evaluate(opened, policies, budgets_of(opened))
     folder = opened.folder / "evals" / f"{SPLIT}@{opened.tag}"
@@ -129,7 +126,7 @@ def open_trained(request: Request) -> Opened:
             "start it without a launcher",
         )
     known = dict(record["world"])
-    if request.origin.get("latency.tables", "default") not in _UNSET:
+    if request.names("latency.tables"):
         known["tables"] = settings.latency.tables
         del known["controller_ms"]  # other tables, another overhead
     world = open_world(settings, accelerator.device, (SPLIT,), known)
@@ -288,12 +285,8 @@ def _device_name(device: torch.device) -> str:
 
 def _choice_ms(opened: Opened, budget: float) -> float:
     """Return how long it takes to choose one plan, features at hand."""
-    clock, times = Clock(opened.device), []
-    for _ in range(_CHOICES + 1):
-        start = clock.now()
-        opened.player.decide(torch.arange(1), torch.full((1,), budget))
-        times.append(clock.since(start))
-    return statistics.median(times[1:])
+    row, budgets = torch.arange(1), torch.full((1,), budget)
+    return median_ms(Clock(opened.device), lambda: opened.player.decide(row, budgets))
 
 
 def _outcomes(opened: Opened, policies: Sequence[Policy], budgets: Sequence[float]) -> Outcomes:

@@ -23,7 +23,7 @@ from moectl.controller.plans import Plan, plan_from
 from moectl.controller.policy import decide, plans
 from moectl.controller.questions import Question
 from moectl.controller.records import unit_of
-from moectl.controller.timing import Clock
+from moectl.controller.timing import Clock, open_clock
 from moectl.controller.weights import open_policy, require_space
 from moectl.controller.world import (
     SIMULATED,
@@ -44,7 +44,6 @@ from moectl.engine.run import read_record
 
 log = logging.getLogger(__name__)
 
-_UNSET = ("default", "settings.toml")
 _PROFILE = "--tables of a run of moectl controller profile"
 
 
@@ -141,17 +140,14 @@ class Answerer:
 
     def _model(self, request: Request) -> str:
         """Return the network of the settings; without a run, that of the table."""
-        table, named = self.tables.lut, request.origin.get("backbone.model", "default")
-        if request.folder is None and table is not None and named == "default":
+        table = self.tables.lut
+        if request.folder is None and table is not None and not request.names("backbone.model"):
             return str(table.metadata.get("model", self.settings.backbone.model))
         return find_model(self.settings.backbone.model)
 
     def _open(self, model: str, request: Request) -> tuple[Clock, Backbone]:
         device = torch.device("cpu" if request.cpu or not torch.cuda.is_available() else "cuda")
-        try:
-            clock = Clock(device, self.latency.clock)
-        except ValueError as error:
-            raise UserError(f"latency.clock = {self.latency.clock}: {error}") from None
+        clock = open_clock(device, self.latency.clock)
         section = self.settings.backbone
         return clock, open_backbone(
             model, device=device, dtype=section.dtype, experts=section.experts
@@ -292,7 +288,7 @@ def _tables(request: Request, choice: Choice, world: dict[str, Any]) -> Tables:
     either kind it is that of the newest profile.
     """
     latency: Any = request.settings.latency  # type: ignore[attr-defined]
-    given = request.origin.get("latency.tables", "default") not in _UNSET
+    given = request.names("latency.tables")
     if given or choice.by == "lut":
         known = "" if given else world.get("tables", "")
         tables = read_tables(known or latency.tables or "latest", latency)

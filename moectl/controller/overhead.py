@@ -1,6 +1,5 @@
 """What a controller costs itself, beside the answers that it steers."""
 
-import statistics
 from typing import Any
 
 import torch
@@ -10,9 +9,7 @@ from moectl.controller.executor import Executor
 from moectl.controller.model import build
 from moectl.controller.policy import decide, plans
 from moectl.controller.start import arguments_of
-from moectl.controller.timing import Clock
-
-_TIMES = 20
+from moectl.controller.timing import Clock, median_ms
 
 
 def overhead(environment: Environment, settings: Any) -> dict[str, float]:
@@ -39,31 +36,22 @@ def overhead(environment: Environment, settings: Any) -> dict[str, float]:
             scores = policy(features.vision[:1], features.text[:1], budgets)
             plans(decide(scores), environment.space)
 
-    chosen = _median(clock, choose)
+    chosen = median_ms(clock, choose)
     full = environment.execute(0, environment.space.full).timings
     applied = 0.0
     if isinstance(environment, Executor):
         backbone, question = environment.backbone, environment.samples[0].question
         own = Clock(backbone.device, settings.latency.clock)
-        chosen += _median(own, lambda: backbone.text_feature(question))
+        chosen += median_ms(own, lambda: backbone.text_feature(question))
 
         def apply() -> None:
             with backbone.apply(environment.space.full):
                 pass
 
-        applied = _median(own, apply)
+        applied = median_ms(own, apply)
     total = full.latency("total")
     share = (chosen + applied) / (chosen + applied + total)
     return {
         "controller_ms": chosen, "apply_ms": applied, "full_ms": total, "share": share,
         "break_even": (chosen + applied) / total,
     }  # fmt: skip
-
-
-def _median(clock: Clock, work: Any) -> float:
-    times = []
-    for _ in range(_TIMES):
-        start = clock.now()
-        work()
-        times.append(clock.since(start))
-    return statistics.median(times[1:])

@@ -92,7 +92,7 @@ def _open_real(
     from moectl.controller.data import load, load_test
     from moectl.controller.executor import Executor
     from moectl.controller.open import open_backbone
-    from moectl.controller.timing import Clock
+    from moectl.controller.timing import open_clock
 
     model = find_model(settings.backbone.model)
     seed = settings.train.seed
@@ -108,10 +108,7 @@ def _open_real(
         dtype=settings.backbone.dtype,
         experts=settings.backbone.experts,
     )
-    try:
-        clock = Clock(device, settings.latency.clock)
-    except ValueError as error:
-        raise UserError(f"latency.clock = {settings.latency.clock}: {error}") from None
+    clock = open_clock(device, settings.latency.clock)
     options = {
         "max_new_tokens": settings.backbone.max_new_tokens,
         "repeats": settings.latency.repeats,

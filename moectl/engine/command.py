@@ -65,6 +65,10 @@ class Request:
     run: str
     """The reference to the run to read, as given."""
 
+    def names(self, key: str) -> bool:
+        """Whether this very command set a setting, not the run that it reads."""
+        return self.origin.get(key, "default") not in ("default", "settings.toml")
+
 
 def command(  # noqa: PLR0913 - what a command is made of
     cls: type[Settings],

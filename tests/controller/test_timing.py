@@ -1,11 +1,14 @@
 """Clocks that read the right time and refuse what they cannot say."""
 
 import time
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from moectl.controller.timing import Clock
+from moectl.controller.timing import Clock, median_ms, open_clock
+from moectl.engine.errors import UserError
 
 CPU = torch.device("cpu")
 
@@ -38,3 +41,18 @@ def test_a_gpu_is_waited_for_at_every_reading(monkeypatch: pytest.MonkeyPatch) -
     assert len(waits) == 2
     Clock(CPU).now()
     assert len(waits) == 2
+
+
+def test_the_median_leaves_the_first_time_out() -> None:
+    moments = iter([0.0, 9.0, *(value for n in range(20) for value in (0.0, 1.0 + (n == 3)))])
+    clock: Any = SimpleNamespace(
+        now=lambda: next(moments), since=lambda start: 1000 * (next(moments) - start)
+    )
+    done: list[int] = []
+    assert median_ms(clock, lambda: done.append(1)) == 1000
+    assert len(done) == 21
+
+
+def test_a_clock_that_does_not_suit_the_device_is_refused_by_its_setting() -> None:
+    with pytest.raises(UserError, match=r"latency\.clock = cpu: processor time says nothing"):
+        open_clock(torch.device("cuda"), "cpu")
