@@ -43,6 +43,7 @@ td:first-child:not(:nth-last-child(-n+2)) { position: sticky; left: 0; backgroun
 code, pre { font: .9em/1.45 ui-monospace, monospace; background: var(--shade); }
 code { padding: .1em .25em; border-radius: 3px; }
 td code { overflow-wrap: anywhere; }
+td:first-child:not(:nth-last-child(-n+2)) code { overflow-wrap: break-word; }
 pre { padding: .6rem .8rem; overflow: auto; max-height: 28rem; border-radius: 4px; }
 pre code { padding: 0; font-size: 1em; overflow-wrap: normal; }
 img { display: block; max-width: 100%; height: auto; background: #fff; border-radius: 4px; }

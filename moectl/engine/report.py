@@ -115,7 +115,7 @@ def run_lines(name: str, record: Mapping[str, Any]) -> str:
         ("precision", record.get("precision")),
         ("seed", record.get("seed")),
         ("versions", versions or None),
-        ("git commit", _commit(record)),
+        ("git commit", _commit(record, 12)),
     ]
     known = [row for row in rows if row[1] is not None]
     return f"# {name}\n\n" + (table(("run", ""), known) if known else "")
@@ -130,9 +130,9 @@ def _status(record: Mapping[str, Any]) -> str | None:
     return f"{status} ({record['reason']})" if record.get("reason") else status
 
 
-def _commit(record: Mapping[str, Any]) -> str | None:
+def _commit(record: Mapping[str, Any], digits: int | None = None) -> str | None:
     git = record.get("git")
-    return f"{git['commit']}{' with changes' if git['dirty'] else ''}" if git else None
+    return f"{git['commit'][:digits]}{' with changes' if git['dirty'] else ''}" if git else None
 
 
 def _times(processes: int | None, threads: int | None) -> str | None:

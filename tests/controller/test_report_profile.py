@@ -75,11 +75,10 @@ def test_every_file_of_a_profile_is_told_as_it_is(tables: Path, drawn: dict[str,
     assert row(text, "vision", 1) == ["crops", f"{fitted['weights']['crops']:.4g}"]
     plans = json.loads((tables / "lut.json").read_text())["config_table"]
     curves = drawn["grid.png"][0]
-    shown = [one for panel in curves.values() for curve in panel.values() for one in zip(*curve)]
+    found = [curve for panel in curves.values() for curve in panel.values()]
+    shown = [point for curve in found for point in zip(*curve, strict=True)]
     assert sorted(shown) == sorted((one["latency"], one["accuracy"]) for one in plans.values())
-    for panel in curves.values():
-        for latencies, _ in panel.values():
-            assert list(latencies) == sorted(latencies)
+    assert all(list(latencies) == sorted(latencies) for latencies, _ in found)
 
 
 def test_a_budget_begins_a_row_only_where_the_plan_changes(folder: Path) -> None:
