@@ -1,5 +1,6 @@
 """What every test starts from: an empty folder, a clean environment, no leftovers."""
 
+import base64
 import importlib.util
 import logging
 import os
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from html.parser import HTMLParser
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,6 +21,57 @@ os.environ["OMP_NUM_THREADS"] = (
 
 _LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _ROOT = Path(__file__).resolve().parent.parent
+
+
+class Page(HTMLParser):
+    """A page that is whole by itself: tags are balanced, and nothing comes from elsewhere."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words = ""
+        self.feed(text)
+        self.close()
+        assert self.open == []
+        assert "default-src 'none'" in str(self.all("meta"))
+        assert "width=device-width" in str(self.all("meta"))
+        assert not {"script", "link", "iframe", "object", "a", "base"} & {
+            tag for tag, _ in self.tags
+        }
+        style = text[text.index("<style>") : text.index("</style>")]
+        assert "url(" not in style
+        assert "@import" not in style
+        for tag, values in self.tags:
+            assert not [name for name in values if name.startswith("on")]
+            assert "href" not in values
+            assert tag == "img" or "src" not in values
+        for one in self.all("img"):
+            kind, _, data = str(one["src"]).partition(";base64,")
+            assert kind in ("data:image/png", "data:image/jpeg")
+            assert base64.b64decode(data, validate=True)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open[-1:] != ["style"]:
+            self.words += data
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        """Return the attributes of all such tags."""
+        return [values for name, values in self.tags if name == tag]
+
+
+@pytest.fixture(scope="session")
+def parsed() -> Callable[[Path], Page]:
+    """Read a page, and check that it is whole by itself."""
+    return lambda path: Page(path.read_text(encoding="utf-8"))
 
 
 @pytest.fixture(autouse=True)

@@ -20,6 +20,7 @@ from moectl.balpoe.logits import Outputs, read_outputs, write_outputs
 from moectl.balpoe.longtail import halve
 from moectl.balpoe.priors import label_prior
 from moectl.balpoe.rejection import Method, fit_plugin
+from moectl.balpoe.report import report
 from moectl.balpoe.settings import BalpoeSettings, PluginSection
 from moectl.common.calibration import expected_calibration_error, reliability
 from moectl.common.scores import prior_weights
@@ -197,7 +198,10 @@ def run_plugin(request: Request, logits: Path | None) -> tuple[dict[str, Any], s
         outputs = read_outputs(logits, settings.data.val_fraction, settings.train.seed)
         fitted = fit(outputs, settings.plugin, settings.train.seed)
         with open_run(replace(request, settings=_described(settings, outputs))) as run:
-            return _keep(fitted, _adopt(run, logits, outputs), request.name)
+            kept = _keep(fitted, _adopt(run, logits, outputs), request.name)
+            if run.is_main:
+                report(run.folder)
+            return kept
     assert request.folder is not None
     if request.out:
         raise UserError("--out is for --logits alone", "a plug-in of a run is kept in the run")

@@ -16,10 +16,7 @@ from moectl.balpoe.published import (
 from moectl.balpoe.settings import BalpoeSettings
 from moectl.balpoe.taus import tau_values
 from moectl.engine import plot
-from moectl.engine.files import write_text
-from moectl.engine.report import image, paragraphs, percent, run_lines, settings_table, table
-from moectl.engine.settings import flatten
-from moectl.engine.toml import read_toml
+from moectl.engine.report import image, paragraphs, percent, settings_of, table, write_report
 from moectl.engine.tracking import MetricsFile, loads_or_none
 
 if TYPE_CHECKING:
@@ -32,8 +29,6 @@ SHOTS = ("many", "medium", "few")
 class Evidence:
     """What the files of a run folder hold; empty where one is missing."""
 
-    name: str
-    record: Mapping[str, Any]
     settings: Mapping[str, Any]
     """Dotted key to value, as settings.toml has them."""
     epochs: Sequence[Mapping[str, str]]
@@ -69,7 +64,7 @@ def _preferred(documents: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:
 
 
 def report(folder: Path) -> None:
-    """Write `plots/*.png` and `report.md` from what the folder of a run holds."""
+    """Write `plots/*.png`, `report.md` and `report.html` from what the folder of a run holds."""
     evidence = read(folder)
     plots = folder / "plots"
     plots.mkdir(exist_ok=True)
@@ -79,30 +74,26 @@ def report(folder: Path) -> None:
         *report_rejection.draw(evidence.rejection, plots),
     ]
     parts = [
-        run_lines(evidence.name, evidence.record),
-        settings_table(evidence.settings, BalpoeSettings(), evidence.record),
         _results(evidence),
         _experts(evidence),
         _calibration(evidence),
         _diversity(evidence.details),
         _shifts(evidence),
+        *report_rejection.rules(folder),
         report_rejection.section(evidence.rejection, evidence.settings),
         *(["## Plots"] if pictures else []),
         *(image(f"plots/{name}", caption) for name, caption in pictures),
     ]
-    write_text(folder / "report.md", paragraphs(parts))
+    write_report(folder, BalpoeSettings(), parts)
 
 
 def read(folder: Path) -> Evidence:
     """Collect the files of a run folder, whichever there are."""
-    settings = folder / "settings.toml"
     rows = MetricsFile(folder / "metrics.csv").rows()
     evaluations = sorted(folder.glob("evals/test@*.json"))
     rejections = sorted(folder.glob("evals/rejection@*/metrics.json"))
     return Evidence(
-        name=folder.resolve().name,
-        record=loads_or_none(folder / "run.json") or {},
-        settings=flatten(read_toml(settings)) if settings.exists() else {},
+        settings=settings_of(folder),
         epochs=[row for row in rows if row.get("train/loss")],
         evaluations=_documents({path.stem: path for path in evaluations}),
         rejections=_documents({path.parent.name: path for path in rejections}),

@@ -10,7 +10,8 @@ from typing import Any
 from moectl.balpoe.published import PublishedArea, area_departures, published_areas
 from moectl.engine import plot
 from moectl.engine.figure import PALETTE
-from moectl.engine.report import MISSING, percent, table
+from moectl.engine.report import MISSING, code, percent, table
+from moectl.engine.tracking import loads_or_none
 
 Document = Mapping[str, Any]
 
@@ -38,6 +39,42 @@ _COLOURED = (
     "chow", "chow_ce", "chow_single", "plugin_single", "plugin_balpoe_avg", "moe_plugin", "balpoe",
 )  # fmt: skip
 _NAMED_GROUPS = 4  # of more groups, only the first and the last are shown
+
+
+def rules(folder: Path) -> list[str]:
+    """Write what the rejection rules in a run were fitted to do, as Markdown, one table for each.
+
+    Args:
+        folder: of the run.
+    """
+    parts = []
+    for path in sorted(folder.glob("plugins/*/optimized_parameters.json")):
+        document = loads_or_none(path) or {}
+        points = document.get("points", [])
+        if not points:
+            continue
+        names = document["groups"]["names"]
+        shown = names if len(names) <= _NAMED_GROUPS else []
+        rows = [
+            [
+                "cost" if one["rate"] is None else "rate",
+                one["cost"] if one["rate"] is None else one["rate"],
+                *(
+                    percent(one[name])
+                    for name in ("rejection", "balanced_error", "worst_group_error")
+                ),
+                *(percent(error) for error in one["group_errors"][: len(shown)]),
+            ]
+            for one in points
+        ]
+        columns = ["asked for", "", "rejected", "balanced error", "worst group", *shown]
+        parts += [
+            f"## Rejection rule {code(path.parent.name)}",
+            f"Percent of the validation images it was fitted to; for the {document['objective']}"
+            f" error, weights {code(document['checkpoint']['file'])}.",
+            table(columns, rows),
+        ]
+    return parts
 
 
 def section(document: Document, settings: Mapping[str, Any]) -> str:

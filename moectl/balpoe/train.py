@@ -197,6 +197,8 @@ def import_weights(path: Path, settings: BalpoeSettings, run: Run[BalpoeSettings
     run.note(parents=[{"path": str(path), "sha256": found.sha256}])
     _write_facts(settings, data, run.folder)
     run.save_weights(name, payload, facts_of(settings, data), epoch=epoch)
+    if run.is_main:
+        report(run.folder)
 
 
 def size(settings: BalpoeSettings) -> dict[str, Any]:

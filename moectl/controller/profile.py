@@ -34,6 +34,7 @@ from moectl.controller.world import (
     open_environments,
     pinned,
     require_same,
+    sources_of,
 )
 from moectl.engine.errors import Interrupted, UserError
 from moectl.engine.files import read_json, write_json, write_text
@@ -104,7 +105,7 @@ def run_profile(run: Run[Any]) -> dict[str, Any]:
         )
     profiler, settings = Profiler(run), run.settings
     _check(profiler)
-    run.note(world=profiler.facts)
+    run.note(world=profiler.facts, parents=sources_of(str(profiler.facts["model"]), Tables()))
     wanted = settings.profile.what
     document: dict[str, Any] = {"folder": str(run.folder), **profiler.facts}
     if "overhead" in wanted:

@@ -4,12 +4,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from moectl.controller import report_profile
 from moectl.controller.plots import evaluation_pictures, training_curves
 from moectl.controller.settings import ControllerSettings
 from moectl.engine.files import is_file, write_text
-from moectl.engine.report import image, paragraphs, percent, run_lines, settings_table, table
-from moectl.engine.settings import flatten
-from moectl.engine.toml import read_toml
+from moectl.engine.report import image, paragraphs, percent, table, write_report
 from moectl.engine.tracking import MetricsFile, loads_or_none
 
 _TRAINING, _VALIDATION = "training_history.csv", "validation_history.csv"
@@ -23,14 +22,12 @@ _FIRST, _TABLE = "controller", "lut"
 
 
 def report(folder: Path) -> None:
-    """Write `plots/*.png` and `report.md` from what the folder of a run holds."""
+    """Write `plots/*.png`, `report.md` and `report.html` from what the folder of a run holds."""
     (folder / "plots").mkdir(exist_ok=True)
     record = loads_or_none(folder / "run.json") or {}
-    path = folder / "settings.toml"
-    settings = flatten(read_toml(path)) if path.exists() else {}
     parts = [
-        run_lines(folder.resolve().name, record),
-        settings_table(settings, ControllerSettings(), record),
+        *report_profile.toy(folder),
+        *report_profile.profile(folder),
         _training(folder, record),
     ]
     pictures = sorted(folder.glob("plots/*.png"))
@@ -40,7 +37,7 @@ def report(folder: Path) -> None:
             parts += [f"## `{path.parent.name}`", *_evaluation(document)]
             pictures = sorted(path.parent.glob("*.png"))
             parts += [image(str(one.relative_to(folder)), _caption(one)) for one in pictures]
-    write_text(folder / "report.md", paragraphs(parts))
+    write_report(folder, ControllerSettings(), parts)
 
 
 def report_again(folder: Path) -> None:

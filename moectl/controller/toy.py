@@ -25,6 +25,7 @@ from moectl.controller.data import Data, load, load_test
 from moectl.controller.llava import LlavaNext
 from moectl.controller.open import FACTS, WEIGHTS
 from moectl.controller.plans import Plan, Space, Tier
+from moectl.controller.report import report
 from moectl.controller.synth import QUESTIONS
 from moectl.controller.tiling import MEAN, STD, choose
 from moectl.engine.errors import UserError
@@ -373,6 +374,8 @@ def _finish(
     if run.is_main:
         write_text(run.folder / TABLE, csv_text(rows))
     run.note(scores={"accuracy": {row["plan"]: row["all"] for row in rows}})
+    if run.is_main:
+        report(run.folder)
 
 
 def _mean(hits: Sequence[bool]) -> float:

@@ -28,7 +28,7 @@ from moectl.controller.schedule import Plateau
 from moectl.controller.settings import ControllerSettings
 from moectl.controller.start import begin
 from moectl.controller.weights import FIRST, open_policy, save_policy
-from moectl.controller.world import World, open_world, require_same
+from moectl.controller.world import World, open_world, require_same, sources_of
 from moectl.engine.launch import agree
 from moectl.engine.loop import Loop, Step
 from moectl.engine.optim import build_optimizer
@@ -88,6 +88,8 @@ def _open(run: Run[ControllerSettings]) -> World:
     # Each process may have timed the network by itself: the first one's budgets are those of all.
     facts = agree(run.accelerator, lambda: known or world.facts)
     run.note(world=facts)
+    if not known:
+        run.note(parents=sources_of(str(facts["model"]), world.tables))
     low, high = facts["budgets"]
     return replace(world, facts=facts, budgets=(low, high), order=tuple(facts["order"]))
 

@@ -16,12 +16,13 @@ from moectl.controller.plans import Space
 from moectl.controller.rewards import Pricing
 from moectl.controller.table import Table, read_table
 from moectl.engine.errors import UserError
-from moectl.engine.files import is_folder, read_json
+from moectl.engine.files import is_file, is_folder, read_json, sha256
 from moectl.engine.run import Run
 
 log = logging.getLogger(__name__)
 
 SIMULATED = "sim"
+_FILES = ("lut.json", "latency.json", "importance.json", "overhead.json")
 _FULL_SAMPLES = 16  # questions that the full plan's latency is the median of
 
 
@@ -146,9 +147,7 @@ def read_tables(reference: str, section: Any) -> Tables:
         from moectl.engine.references import find_run
 
         folder = find_run(reference, "controller", "finished", ["profile"])
-    lut, fitted, scores, overhead = (
-        folder / name for name in ("lut.json", "latency.json", "importance.json", "overhead.json")
-    )
+    lut, fitted, scores, overhead = (folder / name for name in _FILES)
     if not any(path.is_file() for path in (lut, fitted, scores)):
         raise UserError(
             f"{folder}: holds no tables (lut.json, latency.json or importance.json)",
@@ -161,6 +160,22 @@ def read_tables(reference: str, section: Any) -> Tables:
         scores if scores.is_file() else None,
         _controller_ms(overhead) if overhead.is_file() else None,
     )
+
+
+def sources_of(model: str, tables: Tables) -> list[dict[str, str]]:
+    """Return the files that a taught network and tables were read from, with their checksums.
+
+    Args:
+        model: a run of toy; of other networks nothing is said.
+        tables: of a profile.
+    """
+    paths = [Path(model) / "vlm.safetensors"]
+    paths += [tables.folder / name for name in _FILES] if tables.folder else []
+    return [
+        {"path": str(path.resolve()), "sha256": sha256(path.read_bytes())}
+        for path in paths
+        if is_file(path)
+    ]
 
 
 def _controller_ms(path: Path) -> float:

@@ -14,6 +14,7 @@ from moectl.csr.backbones import rebuild_backbone
 from moectl.csr.convert import load_original, network_weights, original_arguments
 from moectl.csr.data import load
 from moectl.csr.model import CSRNet
+from moectl.csr.report import report
 from moectl.csr.settings import CsrSettings
 from moectl.csr.stages import facts_of
 from moectl.engine import artefact
@@ -116,6 +117,8 @@ def write_original(original: Original, run: Run[CsrSettings]) -> dict[str, Any]:
     facts = {**facts_of(settings, data, model, "task"), "scores": {}}
     run.note(parents=[{"path": str(original.path), "sha256": original.sha256}])
     run.save_weights(FILE, model.state_dict(), facts, epoch=0, best=True)
+    if run.is_main:
+        report(run.folder)
     used = original.tensors - len(original.left_out)
     rest = f", left out: {', '.join(original.left_out)}" if original.left_out else ""
     log.info("%d of %d tensors used%s", used, original.tensors, rest)

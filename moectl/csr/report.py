@@ -19,32 +19,23 @@ from moectl.csr.charts import (
 )
 from moectl.csr.html_report import CURVES, DISCLAIMER, write_html
 from moectl.csr.settings import CsrSettings
-from moectl.engine.files import is_file, write_text
-from moectl.engine.report import image, paragraphs, run_lines, settings_table, table
-from moectl.engine.settings import flatten
-from moectl.engine.toml import read_toml
+from moectl.engine.files import is_file
+from moectl.engine.report import image, settings_of, table, write_report
 from moectl.engine.tracking import MetricsFile, loads_or_none
 
 _STAGES = ("concept", "prototype", "task")
 
 
 def report(folder: Path) -> None:
-    """Write `plots/*.png`, `report.md`, and `report.html` of each evaluation of a run."""
-    settings = folder / "settings.toml"
-    found = flatten(read_toml(settings)) if is_file(settings) else {}
-    record = loads_or_none(folder / "run.json") or {}
-    draw_curves(folder, found)
-    parts = [
-        run_lines(folder.resolve().name, record),
-        DISCLAIMER,
-        settings_table(found, CsrSettings(), record),
-    ]
+    """Write `plots/*.png`, `report.md`, and `report.html` of a run and of each evaluation."""
+    draw_curves(folder, settings_of(folder))
+    parts = [f"> {DISCLAIMER}"]
     for path in sorted(folder.glob("evals/*/metrics.json")):
         if document := loads_or_none(path):
             write_html(folder, path.parent)
             parts += _evaluation(path.parent, document)
     parts += _pictures(folder)
-    write_text(folder / "report.md", paragraphs(parts))
+    write_report(folder, CsrSettings(), parts)
 
 
 def report_again(folder: Path) -> None:
@@ -78,9 +69,9 @@ def _evaluation(folder: Path, document: Document) -> list[str]:
     words = {"test": "test", "val": "validation"}.get(split, split)
     parts = [f"## Results: {words} images, `{tag}`"]
     if split == "val":
-        parts.append("**The best epoch and the thresholds were chosen on these very images.**")
+        parts.append("> The best epoch and the thresholds were chosen on these very images.")
     parts += [
-        f"All of it: [report.html](evals/{folder.name}/report.html)",
+        f"All of it: `evals/{folder.name}/report.html`",
         _table(summary(document)),
         "### Concepts",
         _table(concept_table(document)),

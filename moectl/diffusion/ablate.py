@@ -209,7 +209,7 @@ def _train(
             origin={},
         )  # fmt: skip
         # The images of the first variant, or the training refuses.
-        own.note(parents=[str(run.folder)], data=run.record.get("data"))
+        own.note(parents=[{"path": str(run.folder.resolve())}], data=run.record.get("data"))
     own.stop.deadline = run.stop.deadline
     try:
         with own, _fresh_scaler(accelerator):

@@ -6,24 +6,17 @@ from typing import Any
 
 from moectl.diffusion.pictures import learning_curve, loss_by_step, losses, side_by_side
 from moectl.diffusion.settings import DiffusionSettings
-from moectl.engine.files import is_file, write_text
-from moectl.engine.report import image, paragraphs, percent, run_lines, settings_table, table
-from moectl.engine.settings import flatten
-from moectl.engine.toml import read_toml
+from moectl.engine.files import is_file
+from moectl.engine.report import image, paragraphs, percent, settings_of, table, write_report
 from moectl.engine.tracking import MetricsFile, loads_or_none
 
 
 def report(folder: Path) -> None:
-    """Write `plots/*.png` and `report.md` from what the folder of a run holds."""
+    """Write `plots/*.png`, `report.md` and `report.html` from what the folder of a run holds."""
     (folder / "plots").mkdir(exist_ok=True)
-    record = loads_or_none(folder / "run.json") or {}
-    path = folder / "settings.toml"
-    settings = flatten(read_toml(path)) if path.exists() else {}
-    rows = _scored(folder)
+    rows, steps = _scored(folder), int(settings_of(folder).get("process.steps", 1000))
     parts = [
-        run_lines(folder.resolve().name, record),
-        settings_table(settings, DiffusionSettings(), record),
-        _training(folder, rows, int(settings.get("process.steps", 1000))),
+        _training(folder, rows, steps),
         _comparison(folder, loads_or_none(folder / "ablation.json") or {}),
     ]
     evaluations = sorted(folder.glob("evals/*/eval.json"))
@@ -35,7 +28,7 @@ def report(folder: Path) -> None:
     pictures += [picture for path in evaluations for picture in sorted(path.parent.glob("*.png"))]
     parts += ["## Pictures"] if pictures else []
     parts += [image(str(path.relative_to(folder)), _caption(path)) for path in pictures]
-    write_text(folder / "report.md", paragraphs(parts))
+    write_report(folder, DiffusionSettings(), parts)
 
 
 def _training(folder: Path, rows: list[dict[str, str]], steps: int) -> str:

@@ -4,6 +4,7 @@ import logging
 import os
 import secrets
 import shlex
+import socket
 import sys
 import time
 import traceback
@@ -53,6 +54,25 @@ def read_record(folder: Path) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise UserError(f"{folder}: not a run folder (no readable run.json)")
     return record
+
+
+def parents_of(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return what a run was made from: `path`, and `sha256` where it was one file."""
+    # Older records name some by their path alone.
+    return [{"path": one} if isinstance(one, str) else one for one in record.get("parents", [])]
+
+
+def status_of(record: Mapping[str, Any]) -> str:
+    """Return the status of a run; `killed` if it says running and its process here is gone."""
+    status = str(record.get("status", "?"))
+    if status == "running" and record.get("host") == socket.gethostname() and record.get("pid"):
+        try:
+            os.kill(int(record["pid"]), 0)
+        except ProcessLookupError:
+            return "killed"
+        except PermissionError:  # alive, and another user's
+            pass
+    return status
 
 
 class Run(Generic[S]):

@@ -116,16 +116,6 @@ class MetricsFile:
         write_text(self.path, text.getvalue())
 
 
-def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
-    """Return every column of a metrics.csv as (update, value) points; empty cells are left out."""
-    series: dict[str, list[tuple[int, float]]] = {}
-    for row in MetricsFile(path).rows():
-        for name, text in row.items():
-            if name not in FIRST and text:
-                series.setdefault(name, []).append((int(row["update"]), float(text)))
-    return series
-
-
 class Trackers:
     """TensorBoard and Weights & Biases, as far as the settings ask for them; rank 0 only.
 

@@ -4,10 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from moectl.engine.files import is_file, write_text
-from moectl.engine.report import image, paragraphs, percent, run_lines, settings_table, table
-from moectl.engine.settings import flatten
-from moectl.engine.toml import read_toml
+from moectl.engine.files import is_file
+from moectl.engine.report import image, paragraphs, percent, table, write_report
 from moectl.engine.tracking import MetricsFile, loads_or_none
 from moectl.taskmoe.heat_maps import expert_analysis
 from moectl.taskmoe.pictures import learning_curve
@@ -25,15 +23,10 @@ _PARTS = {
 
 
 def report(folder: Path) -> None:
-    """Write `plots/*.png` and `report.md` from what the folder of a run holds."""
+    """Write `plots/*.png`, `report.md` and `report.html` from what the folder of a run holds."""
     (folder / "plots").mkdir(exist_ok=True)
     draw_curve(folder)
-    settings = folder / "settings.toml"
-    record = loads_or_none(folder / "run.json") or {}
-    found = read_toml(settings) if settings.exists() else {}
     parts = [
-        run_lines(folder.resolve().name, record),
-        settings_table(flatten(found), TaskmoeSettings(), record),
         _specialist(loads_or_none(folder / "summary.json") or {}),
         _merge(loads_or_none(folder / "merge_report.json") or {}),
     ]
@@ -48,7 +41,7 @@ def report(folder: Path) -> None:
         pictures = [path for path in pictures if path != folder / "plots" / "expert_analysis.png"]
     parts += ["## Pictures"] if pictures else []
     parts += [image(str(path.relative_to(folder)), _caption(path)) for path in sorted(pictures)]
-    write_text(folder / "report.md", paragraphs(parts))
+    write_report(folder, TaskmoeSettings(), parts)
 
 
 def report_again(folder: Path) -> None:
@@ -206,15 +199,15 @@ def _headline(document: Mapping[str, Any], what: str) -> str:
     if published:
         rows.append([f"published: {published.note}", f"{published.overall:.2f}"])
     notes = [f"Percent of {document['n']} test images, 95 % interval after Wilson."]
-    if document["selected_on"] == "test":
-        notes.append("**The best epoch was chosen on these very images.**")
     if document["count_shared_twice"]:
         notes.append(
             "In the accuracy images of shared classes count as often as the files hold them."
         )
     if document["leakage"]:
         notes.append(f"{document['leakage']} of them are among the training images too.")
-    return paragraphs([f"## Results, {what}", " ".join(notes), table(("", ""), rows)])
+    seen = document["selected_on"] == "test"
+    warning = "> The best epoch was chosen on these very images." if seen else ""
+    return paragraphs([f"## Results, {what}", " ".join(notes), warning, table(("", ""), rows)])
 
 
 def _classes(document: Mapping[str, Any]) -> str:

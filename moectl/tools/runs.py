@@ -3,8 +3,6 @@
 import csv
 import importlib
 import json
-import os
-import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -16,10 +14,9 @@ from moectl.engine.errors import UserError
 from moectl.engine.files import write_bytes
 from moectl.engine.references import all_runs, find_run, find_weights
 from moectl.engine.report import duration
-from moectl.engine.run import read_record
-from moectl.engine.settings import flatten, nearest
+from moectl.engine.run import parents_of, read_record, status_of
+from moectl.engine.settings import flatten
 from moectl.engine.toml import read_toml
-from moectl.engine.tracking import read_metrics
 from moectl.tools.rooms import check_room
 
 if TYPE_CHECKING:
@@ -75,7 +72,7 @@ def show(reference: Reference, as_json: Json = False) -> None:
         ("folder", str(folder)),
         ("status", f"{status} {record.get('reason') or ''}".strip()),
         *((word.replace("_", " "), record[word]) for word in words if word in record),
-        *(("parent", parent.get("path")) for parent in record.get("parents", [])),
+        *(("parent", parent["path"]) for parent in parents_of(record)),
     ]
     scores = [(name, value) for name, value in flatten(record.get("scores", {})).items()]
     sizes = _by_folder(files)
@@ -90,27 +87,30 @@ def compare(
         list[str], typer.Argument(metavar="REF REF…", help="The runs, two or more.")
     ],
     plot: Annotated[
-        Path | None, typer.Option("--plot", help="Draw a metric of the runs into this PNG file.")
+        Path | None,
+        typer.Option("--plot", help="Draw curves and scores of the runs into this PNG file."),
     ] = None,
     metric: Annotated[
         str | None,
         typer.Option(
             "--metric",
-            help="What to draw: a column of metrics.csv.",
-            show_default="the first val/… column",
+            help="What to draw alone: a column of metrics.csv.",
+            show_default="what the runs share",
         ),
     ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
     as_json: Json = False,
 ) -> None:
     """Compare the settings and scores of runs."""
     console.setup(as_json=as_json)
     if len(references) < 2:
         raise UserError("a comparison needs two runs or more", "moectl runs show REF prints one")
-    if metric and not plot:
-        raise UserError(f"--metric {metric} says what to draw, and --plot FILE.png where")
+    if (metric or force) and not plot:
+        option = f"--metric {metric} says what to draw" if metric else "--force is for a picture"
+        raise UserError(f"{option}, and --plot FILE.png where")
     folders = [find_run(reference) for reference in references]
     if plot:
-        _draw(folders, plot, metric)
+        _draw(folders, plot, metric, force=force)
     settings = _aligned([_settings(folder) for folder in folders])
     settings = {key: values for key, values in settings.items() if len(set(map(str, values))) > 1}
     scores = _aligned([flatten(read_record(folder).get("scores", {})) for folder in folders])
@@ -128,14 +128,18 @@ def compare(
 
 
 def report(reference: Reference, as_json: Json = False) -> None:
-    """Draw the plots and the report of a run again."""
+    """Draw the plots and the report of a run again.
+
+    Beside report.md lies report.html: the same as one page with the pictures inside.
+    """
     console.setup(as_json=as_json)
     folder = find_run(reference)
     room = check_room(str(read_record(folder).get("room", "")))
     importlib.import_module(f"moectl.{room}.report").report(folder)
     plots = [str(path) for path in sorted(folder.glob("plots/*.png"))]
-    path = str(folder / "report.md")
-    console.result({"report": path, "plots": plots}, path)
+    path, page = str(folder / "report.md"), str(folder / "report.html")
+    console.log.info("with its pictures as one page: %s", page)
+    console.result({"report": path, "page": page, "plots": plots}, path)
 
 
 def export(
@@ -174,19 +178,6 @@ def export(
         raise UserError(f"--to {target}: cannot be written ({error.strerror})") from None
     document = {"from": str(source), "to": str(target), "tensors": len(tensors)}
     console.result(document, str(target))
-
-
-def status_of(record: Mapping[str, Any]) -> str:
-    """Return the status of a run; `killed` if it says running and its process here is gone."""
-    status = str(record.get("status", "?"))
-    if status == "running" and record.get("host") == socket.gethostname() and record.get("pid"):
-        try:
-            os.kill(int(record["pid"]), 0)
-        except ProcessLookupError:
-            return "killed"
-        except PermissionError:  # alive, and another user's
-            pass
-    return status
 
 
 def _entry(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
@@ -244,33 +235,27 @@ def _aligned(columns: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     return {key: [column.get(key) for column in columns] for key in keys}
 
 
-def _draw(folders: Sequence[Path], path: Path, metric: str | None) -> None:
-    from moectl.engine import plot as drawing
+def _draw(folders: Sequence[Path], path: Path, metric: str | None, *, force: bool) -> None:
+    from moectl.tools import comparison
 
     if path.suffix != ".png":
         raise UserError(f"--plot {path}: the file must end in .png")
-    tables = [read_metrics(folder / "metrics.csv") for folder in folders]
-    common = [name for name in tables[0] if all(name in table for table in tables)]
-    wanted = metric or next((name for name in common if name.startswith("val/")), None)
-    if wanted is None:
-        raise UserError("the runs have no validation metric in common", _columns(common))
-    if wanted not in common:
-        message = f"--metric {wanted}: not in the metrics of every run{nearest(wanted, common)}"
-        raise UserError(message, _columns(common))
+    found = [comparison.curves(folder) for folder in folders]
+    wanted = comparison.shared_curves(found, metric)
+    records = [read_record(folder) for folder in folders]
+    scores = {} if metric else comparison.shared_scores(records)
+    if not wanted and not scores:
+        raise UserError("the runs have no metric and no score in common to draw")
+    if path.exists() and not force:
+        raise UserError(f"--plot {path}: exists already", "--force replaces it")
     names = [folder.name for folder in folders]
-    series = {
-        str(folder) if names.count(name) > 1 else name: tuple(zip(*table[wanted], strict=True))
-        for name, folder, table in zip(names, folders, tables, strict=True)
-    }
-    labels = {"title": wanted, "x_label": "update", "y_label": wanted}
+    if len(set(names)) < len(names):
+        names = list(map(str, folders))
+    metrics = {name: [curves[name] for curves in found] for name in wanted}
     try:
-        drawing.lines(path, series, **labels)  # type: ignore[arg-type]
+        comparison.draw(path, names, metrics, scores)
     except OSError as error:
         raise UserError(f"--plot {path}: cannot be written ({error.strerror})") from None
-
-
-def _columns(names: Sequence[str]) -> str:
-    return f"they share: {', '.join(names) or 'nothing'}"
 
 
 def _tensors(payload: Mapping[str, Any], path: Path) -> "dict[str, Tensor]":

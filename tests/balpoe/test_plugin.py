@@ -320,7 +320,7 @@ def test_other_contents_of_a_groups_file_are_another_fit(balpoe: Call, run: Path
     assert balpoe(*words)[1] != first
 
 
-def test_logits_of_any_classifier_become_a_run(balpoe: Call) -> None:
+def test_logits_of_any_classifier_become_a_run(balpoe: Call, parsed: Callable[[Path], Any]) -> None:
     path = file_of()
     digest = sha256(Path(path).read_bytes())
     code, out, _ = balpoe("plugin", "--logits", path, *BASE, "--name", "theirs")
@@ -331,6 +331,9 @@ def test_logits_of_any_classifier_become_a_run(balpoe: Call) -> None:
     record = document_of(folder / "run.json")
     assert record["parents"] == [{"path": path, "sha256": digest}]
     assert (record["status"], record["command"]) == ("finished", "plugin")
+    page = parsed(folder / "report.html")
+    assert digest in page.words
+    assert "Rejection rule theirs" in page.words
     kept, given = read_outputs(folder / LOGITS, 0.5, 0), read_outputs(Path(path), 0.2, 1)
     assert kept.weights == digest
     assert torch.equal(kept.val_logits, given.val_logits)

@@ -120,7 +120,13 @@ def test_weights_are_evaluated_by_epoch_and_unknown_ones_refused(trained):
     assert _run(["balpoe", "eval", "--run", f"{trained}@7"]) == 2
 
 
-def test_a_public_checkpoint_becomes_a_run_with_the_same_scores(trained, tmp_path, capsys):
+def test_a_training_leaves_a_page(trained, parsed):
+    page = parsed(trained / "report.html")
+    assert "How to reproduce" in page.words
+    assert len(page.all("img")) >= 5
+
+
+def test_a_public_checkpoint_becomes_a_run_with_the_same_scores(trained, tmp_path, capsys, parsed):
     payload = torch.load(trained / "checkpoint-epoch3.pth", weights_only=True)
     public = tmp_path / "public.pth"
     wrapped = {f"module.{name}": value for name, value in payload["state_dict"].items()}
@@ -134,6 +140,9 @@ def test_a_public_checkpoint_becomes_a_run_with_the_same_scores(trained, tmp_pat
     assert document["scores"]["accuracy"] == summary["last"]["accuracy"]
     record = json.loads((folder / "run.json").read_text())
     assert record["parents"][0]["path"] == str(public)
+    page = parsed(folder / "report.html")
+    assert str(public) in page.words
+    assert record["parents"][0]["sha256"] in page.words
 
 
 def test_a_checkpoint_of_another_shape_is_refused_by_name(trained, tmp_path, capsys):

@@ -297,6 +297,13 @@ def test_a_training_leaves_what_can_be_opened(taught: Path, simulated: Callable[
     assert toy.right(opened, samples, opened.space.full) == [False, False]
 
 
+def test_a_training_leaves_a_page(taught: Path, parsed: Callable[[Path], Any]) -> None:
+    page = parsed(taught / "report.html")
+    assert "What plans are worth" in page.words
+    assert "without block 1" in page.words
+    assert [one["alt"] for one in page.all("img")] == ["toy curves"]
+
+
 def test_a_training_lowers_the_loss_and_measures_plans(taught: Path) -> None:
     losses = [
         float(row["running/loss"]) for row in table(taught / "metrics.csv") if row["running/loss"]

@@ -24,8 +24,10 @@ from moectl.controller.world import (
     pinned,
     read_tables,
     require_same,
+    sources_of,
 )
 from moectl.engine.errors import UserError
+from moectl.engine.files import sha256
 
 CPU = torch.device("cpu")
 Settings = Callable[..., Any]
@@ -148,6 +150,19 @@ def test_tables_are_found_by_folder_and_by_run(
     assert by_name.lut == found.lut
     (run / "lut.json").unlink()
     assert read_tables("mine-1", section).lut is None
+
+
+def test_tables_and_a_taught_network_are_what_a_run_was_made_from(
+    sim_tables: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "vlm.safetensors").write_bytes(b"weights")
+    found = sources_of(str(tmp_path), Tables(sim_tables))
+    paths = [Path(one["path"]) for one in found]
+    assert paths[0] == tmp_path / "vlm.safetensors"
+    names = ["lut.json", "latency.json", "importance.json"]
+    assert [path.name for path in paths[1:]] == names
+    assert [one["sha256"] for one in found] == [sha256(path.read_bytes()) for path in paths]
+    assert sources_of("sim", Tables()) == []
 
 
 def test_tables_that_are_not_there_are_refused(simulated: Settings, tmp_path: Path) -> None:

@@ -130,13 +130,14 @@ def test_a_converted_network_says_what_the_original_said(
 
 
 def test_the_run_can_be_measured_and_says_where_it_comes_from(
-    csr: Call, save: Callable[..., Path], finished_run: Path
+    csr: Call, save: Callable[..., Path], finished_run: Path, parsed: Callable[[Path], Any]
 ) -> None:
     path = save(original())
     code, out, err = csr("convert", "old.pth", "--out", "run", *DATA)
     assert (code, out) == (0, "run\n"), err
     record = json.loads(Path("run/run.json").read_text())
     assert record["parents"] == [{"path": "old.pth", "sha256": artefact.load(path).sha256}]
+    assert record["parents"][0]["sha256"] in parsed(Path("run/report.html")).words
     sidecars = [
         json.loads((folder / "best_model_stage3.pth.json").read_text())
         for folder in (Path("run"), finished_run)

@@ -53,7 +53,7 @@ def test_run_and_scores_are_told(run: Path) -> None:
     square = found["concepts"]["columns"]["square"]
     assert row(text, "square")[1:3] == [str(square["positives"]), f"{square['auroc']:.3f}"]
     assert row(text, "mean of the concepts")[4] == "0.062"
-    assert f"[report.html](evals/{TAG}/report.html)" in text
+    assert f"All of it: `evals/{TAG}/report.html`" in text
     assert (run / "evals" / TAG / "report.html").is_file()
     assert "![learning curves](plots/learning_curves.png)" in text
     assert (run / "plots" / "learning_curves.png").read_bytes().startswith(b"\x89PNG")

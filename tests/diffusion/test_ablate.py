@@ -128,6 +128,15 @@ def test_all_share_one_classifier(compared):
     assert len({row["distance"] for row in rows_of(compared).values()}) == 1
 
 
+def test_a_comparison_and_its_variants_have_pages(compared, parsed):
+    words = parsed(compared / "report.html").words
+    assert "variants/full" in words
+    assert "Variants" in words
+    words = parsed(compared / "variants" / "full" / "report.html").words
+    assert "Made from" in words
+    assert str(compared.resolve()) in words
+
+
 def test_the_files_of_a_comparison(compared):
     with (compared / "ablation.csv").open(newline="") as file:
         assert [row["name"] for row in csv.DictReader(file)] == list(rows_of(compared))

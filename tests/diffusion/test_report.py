@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,12 @@ def test_what_was_run_is_said(folder: Path) -> None:
     assert row(text, "seed")[1] == "0"
     assert row(text, "`model.num_experts`")[1:] == ["3", "8", "flag"]
     assert "`model.k_active`" not in text
+
+
+def test_a_training_has_a_page(finished_run: Path, parsed: Callable[[Path], Any]) -> None:
+    page = parsed(finished_run / "report.html")
+    assert "How to reproduce" in page.words
+    assert len(page.all("img")) >= 3, "curves and samples"
 
 
 def test_the_first_and_last_epoch_stand_beside_each_other(

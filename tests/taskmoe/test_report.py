@@ -58,6 +58,16 @@ def change(path: Path, **values: Any) -> dict[str, Any]:
 # Every kind of run
 
 
+@pytest.mark.parametrize("name", ["s1", "m", "t"])
+def test_every_kind_of_run_has_a_page(copy: Copy, name: str, parsed: Callable[[Path], Any]) -> None:
+    folder = copy(name)
+    report(folder)
+    page = parsed(folder / "report.html")
+    assert "How to reproduce" in page.words
+    record = json.loads((folder / "run.json").read_text())
+    assert all(one["sha256"] in page.words for one in [*record["parents"], *record["weights"]])
+
+
 def test_what_was_run_is_said(copy: Copy) -> None:
     text = written(copy("t"))
     assert text.startswith("# t\n")

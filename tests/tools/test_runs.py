@@ -122,7 +122,7 @@ def test_a_damaged_run_does_not_hide_the_others(capsys: pytest.CaptureFixture[st
 
 
 def test_show_has_record_scores_and_files(capsys: pytest.CaptureFixture[str]) -> None:
-    folder = make_run("a", reason="", parents=[{"path": "other.pth"}])
+    folder = make_run("a", reason="", parents=[{"path": "other.pth"}, "older"])
     (folder / "plots").mkdir()
     (folder / "plots" / "b.png").write_bytes(b"12345")
     document = answer(capsys, "show", "a")
@@ -130,7 +130,7 @@ def test_show_has_record_scores_and_files(capsys: pytest.CaptureFixture[str]) ->
     assert document["scores"] == SCORES
     assert run("show", str(folder)) == 0
     out = capsys.readouterr().out
-    for text in ("moectl balpoe train", "other.pth", "last.accuracy", "plots/"):
+    for text in ("moectl balpoe train", "other.pth", "older", "last.accuracy", "plots/"):
         assert text in out
 
 
@@ -176,18 +176,57 @@ def test_compare_draws_a_metric(capsys: pytest.CaptureFixture[str]) -> None:
     assert "val/loss" in err
 
 
-def test_compare_without_a_common_metric_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_compare_without_anything_in_common_is_refused(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     make_run("a")
     (make_run("b") / "metrics.csv").unlink()
-    assert run("compare", "a", "b", "--plot", "c.png") == 2
+    assert run("compare", "a", "b", "--plot", "c.png") == 0, "they have scores in common"
+    (make_run("c", scores={}) / "metrics.csv").unlink()
+    assert run("compare", "a", "c", "--plot", "d.png") == 2
     assert "in common" in capsys.readouterr().err
+    assert not Path("d.png").exists()
+
+
+def test_compare_replaces_no_file_unless_forced(capsys: pytest.CaptureFixture[str]) -> None:
+    make_run("a")
+    make_run("b")
+    picture = Path("c.png")
+    picture.write_text("precious")
+    assert run("compare", "a", "b", "--plot", "c.png") == 2
+    assert "--plot c.png: exists already" in capsys.readouterr().err
+    assert picture.read_text() == "precious"
+    assert run("compare", "a", "b", "--plot", "c.png", "--force") == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert run("compare", "a", "b", "--force") == 2, "nothing to replace"
+
+
+def test_a_pipe_gets_each_run_on_one_line(root: Path) -> None:
+    names = [f"a_rather_long_name_of_a_run_that_fills_half_a_line-2026110{day}" for day in (1, 2)]
+    for name in names:
+        make_run(name)
+    done = subprocess.run(
+        [sys.executable, "-m", "moectl", "runs", "list"],
+        env={**os.environ, "PYTHONPATH": str(root), "COLUMNS": "80"},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    lines = [line for line in done.stdout.splitlines() if line.strip()]
+    assert len(lines) == 4, "a head, a rule, and a line for each run"
+    for line in lines[2:]:
+        assert "finished" in line
+        assert "1 min 15 s" in line
+    assert {line.split()[0] for line in lines[2:]} == set(names)
 
 
 def test_report_is_written_again(capsys: pytest.CaptureFixture[str]) -> None:
     folder = make_run("a")
     assert run("report", "a") == 0
-    assert Path(capsys.readouterr().out.strip()) == folder / "report.md"
+    out, err = capsys.readouterr()
+    assert Path(out.strip()) == folder / "report.md"
+    assert str(folder / "report.html") in err
     assert (folder / "report.md").read_text().startswith("# a\n")
+    document = answer(capsys, "report", "a")
+    assert Path(document["page"]).read_bytes().startswith(b"<!DOCTYPE html>")
 
 
 def test_report_of_a_foreign_record_imports_nothing(capsys: pytest.CaptureFixture[str]) -> None:
