@@ -16,7 +16,6 @@ seeds = [1, 2]
 
 [settings]
 data.dataset = "synthetic"
-data.augment = "none"
 model.experts = 2
 loss.tau_list = "0;2"
 train.epochs = 2
