@@ -91,18 +91,22 @@ class Attendant:
             process_group=0,  # a Ctrl-C of the terminal would reach it twice
             pass_fds=[self.lock.fileno()],
         )
+        try:
+            return self._wait(child)
+        except KeyboardInterrupt:  # the second Ctrl-C
+            child.send_signal(signal.SIGINT)
+            child.wait()
+            raise
+
+    def _wait(self, child: "subprocess.Popen[bytes]") -> int:
         told = False
         while True:
             try:
                 return child.wait(0.2)
             except subprocess.TimeoutExpired:
-                if self.stop and not told:
+                if self.stop and not told:  # a second signal might cut its last words
                     child.terminate()
                     told = True
-            except KeyboardInterrupt:  # the second Ctrl-C
-                child.send_signal(signal.SIGINT)
-                child.wait()
-                raise
 
     def _refuse_stopped(self, code: int, reason: str) -> None:
         if self.stop or code == _STOPPED:

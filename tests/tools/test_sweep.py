@@ -285,20 +285,23 @@ DRIVER = (
 )
 
 
+def wait_for(name: str, program: "subprocess.Popen[str]") -> None:
+    while not Path(name).exists():
+        with pytest.raises(subprocess.TimeoutExpired):
+            program.wait(0.05)
+
+
 @pytest.fixture
-def begun(behave: Say, sweep_file: Write, root: Path) -> Callable[[], "subprocess.Popen[str]"]:
+def begun(behave: Say, sweep_file: Write, root: Path) -> Callable[..., "subprocess.Popen[str]"]:
     """Start a sweep whose second cell waits, and return it when that cell does."""
 
-    def begin() -> "subprocess.Popen[str]":
-        behave(seed2="wait")
-        Path("waiting").unlink(missing_ok=True)
+    def begin(behaviour: str = "wait") -> "subprocess.Popen[str]":
+        behave(seed2=behaviour)
         words = [sys.executable, "-P", "-c", DRIVER, str(root), "sweep", "s.toml"]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         environment = {**os.environ, "PYTHONPATH": ""}
         program = subprocess.Popen(words, env=environment, **pipes)
-        while not Path("waiting").exists():
-            with pytest.raises(subprocess.TimeoutExpired):
-                program.wait(0.05)
+        wait_for("waiting", program)
         return program
 
     sweep_file(seeds=[1, 2, 3])
@@ -307,7 +310,7 @@ def begun(behave: Say, sweep_file: Write, root: Path) -> Callable[[], "subproces
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_signals_are_passed_on_to_the_running_cell(
-    begun: Callable[[], "subprocess.Popen[str]"],
+    begun: Callable[..., "subprocess.Popen[str]"],
     behave: Say,
     calls: Calls,
     number: signal.Signals,
@@ -325,8 +328,22 @@ def test_signals_are_passed_on_to_the_running_cell(
     assert len(calls()) == 2
 
 
+def test_a_second_ctrl_c_leaves_at_once_and_takes_the_cell_along(
+    begun: Callable[..., "subprocess.Popen[str]"],
+) -> None:
+    program = begun("stubborn")
+    program.send_signal(signal.SIGINT)
+    wait_for("told", program)
+    program.send_signal(signal.SIGINT)
+    program.communicate(timeout=30)
+    assert program.returncode == 130
+    cell = json.loads((FOLDER / "seed=2" / "run.json").read_text())["pid"]
+    with pytest.raises(ProcessLookupError):
+        os.kill(cell, 0)
+
+
 def test_a_cell_left_behind_by_a_killed_sweep_is_waited_for(
-    begun: Callable[[], "subprocess.Popen[str]"],
+    begun: Callable[..., "subprocess.Popen[str]"],
     behave: Say,
     calls: Calls,
     monkeypatch: pytest.MonkeyPatch,
