@@ -162,9 +162,10 @@ def read_plan(path: Path, out: Path | None = None) -> Plan:
 
 
 def short(keys: Sequence[str]) -> list[str]:
-    """Return the last part of each dotted key where no other key has the same."""
+    """Return the last part of each dotted key where no other key has the same, nor the seeds."""
     tails = [key.rpartition(".")[2] for key in keys]
-    return [tail if tails.count(tail) == 1 else key for key, tail in zip(keys, tails, strict=True)]
+    unique = {tail for tail in tails if tails.count(tail) == 1} - {"seed"}
+    return [tail if tail in unique else key for key, tail in zip(keys, tails, strict=True)]
 
 
 def words_of(point: Mapping[str, Any]) -> str:
@@ -302,9 +303,9 @@ def _text(value: Any) -> str:
 
 
 def _cell_name(point: Mapping[str, Any], seed: int) -> str:
-    """Return a name that a folder can have, told from others by a digest if it had to change."""
-    text = words_of({**point, SEED: seed})
+    """Return a name that a folder can have; a digest tells apart what had to change."""
+    text = words_of(point)
     name = re.sub(r"[^A-Za-z0-9=,._+-]+", "-", text)
-    if name == text and len(name) <= 80:
-        return name
-    return f"{name[:60]}-{sha256(text.encode())[:8]},seed={seed}"
+    if name != text or len(name) > 80:
+        name = f"{name[:60]}-{sha256(text.encode())[:8]}"
+    return ",".join([name] * bool(name) + [f"seed={seed}"])

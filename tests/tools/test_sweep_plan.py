@@ -79,6 +79,7 @@ def test_options_of_the_command_stay_and_are_settings_of_all(sweep_file: Write) 
 
 def test_keys_with_the_same_end_are_written_in_full() -> None:
     assert short(["optim.lr", "data.name", "loss.name"]) == ["lr", "data.name", "loss.name"]
+    assert short(["eval.seed"]) == ["eval.seed"]
 
 
 def test_names_of_cells_are_safe_for_file_systems(sweep_file: Write) -> None:
@@ -91,7 +92,7 @@ def test_names_of_cells_are_safe_for_file_systems(sweep_file: Write) -> None:
 
 
 def test_a_name_of_eighty_letters_is_not_shortened(sweep_file: Write) -> None:
-    value = "y" * (80 - len("root=,seed=1"))
+    value = "y" * (80 - len("root="))
     tables = f"[grid]\ndata.root = ['{value}', '{value}y']"
     whole, cut = [cell.name for cell in read_plan(sweep_file(tables, seeds=[1])).cells]
     assert whole == f"root={value},seed=1"
