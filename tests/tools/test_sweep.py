@@ -316,6 +316,8 @@ def test_signals_are_passed_on_to_the_running_cell(
     number: signal.Signals,
 ) -> None:
     program = begun()
+    cell = json.loads((FOLDER / "seed=2" / "run.json").read_text())["pid"]
+    assert os.getpgid(cell) == cell  # else a Ctrl-C of the terminal would reach it twice
     program.send_signal(number)
     out, err = program.communicate(timeout=30)
     assert program.returncode == 75, err
