@@ -8,10 +8,10 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from time import sleep
 from typing import IO, Any
 
 from moectl.engine.errors import Interrupted, RunFailed, UserError
@@ -143,7 +143,7 @@ def _wait_for(folder: Path, stop: StopRequest) -> Lock:
             if not waiting:
                 log.warning("%s: a cell of an earlier sweep is still at work: waiting", folder)
             waiting = True
-            time.sleep(0.2)
+            sleep(0.2)
 
 
 def scores_of(plan: Plan, cell: Cell) -> dict[str, float]:

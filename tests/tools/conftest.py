@@ -64,6 +64,10 @@ if behaviour.endswith("die"):
 if behaviour == "limit":
     note("interrupted", "time limit after update 3")
     sys.exit(75)
+if behaviour == "start":  # not yet so far that it could listen
+    signal.alarm(60)
+    Path("waiting").touch()
+    signal.pause()
 if behaviour in ("wait", "stubborn"):
     heard = stop if behaviour == "wait" else lambda *_: Path('told').touch()
     signal.signal(signal.SIGTERM, heard)

@@ -330,6 +330,20 @@ def test_signals_are_passed_on_to_the_running_cell(
     assert len(calls()) == 2
 
 
+def test_a_cell_that_was_stopped_before_it_could_listen_has_not_failed(
+    begun: Callable[..., "subprocess.Popen[str]"], behave: Say, calls: Calls
+) -> None:
+    program = begun("start")
+    program.terminate()
+    _, err = program.communicate(timeout=30)
+    assert program.returncode == 75, err
+    assert "stopped: seed=2: SIGTERM" in err
+    behave()
+    calls()
+    assert sweep() == 0
+    assert [words[-1] for words in calls()] == [f"--out={FOLDER}/seed={seed}" for seed in (2, 3)]
+
+
 def test_a_second_ctrl_c_leaves_at_once_and_takes_the_cell_along(
     begun: Callable[..., "subprocess.Popen[str]"],
 ) -> None:
@@ -369,7 +383,7 @@ def test_a_cell_left_behind_by_a_killed_sweep_is_waited_for(
             told.append(orphan)
             os.kill(orphan, signal.SIGTERM)
 
-    monkeypatch.setattr(sweep_cells.time, "sleep", tell)
+    monkeypatch.setattr(sweep_cells, "sleep", tell)
     calls()
     assert sweep() == 0
     assert told == [orphan]

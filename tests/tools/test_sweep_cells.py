@@ -208,7 +208,7 @@ def test_a_cell_that_outlives_its_sweep_is_waited_for(
     )
     assert orphan.stdin is not None
     orphan.wait(20)
-    monkeypatch.setattr(sweep_cells.time, "sleep", lambda _: end(orphan))
+    monkeypatch.setattr(sweep_cells, "sleep", lambda _: end(orphan))
     with alone(tmp_path, StopRequest()):
         assert caplog.text.count("a cell of an earlier sweep is still at work: waiting") == 1
 
