@@ -72,6 +72,15 @@ def test_the_table_has_deviations_only_of_several(plan: Plan) -> None:
     assert ["lr=0.01,seed=2", "broken"] in rows
 
 
+def test_a_cell_that_was_stopped_is_not_listed_as_failed(plan: Plan) -> None:
+    folder = plan.folder / plan.cells[5].name
+    folder.mkdir()
+    (folder / "run.json").write_text('{"status": "interrupted", "reason": "SIGTERM"}')
+    document = collect(plan, {})
+    assert document["cells"][5]["reason"] == "SIGTERM"
+    assert "SIGTERM" not in text(document, ["last.loss"])
+
+
 def test_many_scores_go_down_and_few_points_across(plan: Plan) -> None:
     names = ["last.accuracy", "last.loss", "c", "d", "e"]
     shown = text(collect(plan, {}), names)
