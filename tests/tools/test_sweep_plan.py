@@ -6,6 +6,7 @@ import pytest
 
 from moectl import cli
 from moectl.engine.errors import UserError
+from moectl.tools import sweep_plan
 from moectl.tools.sweep_plan import MAX_CELLS, read_plan, short, words_of
 
 Write = Callable[..., Path]
@@ -192,8 +193,15 @@ def test_a_grid_that_explodes_is_refused_before_it_is_built(sweep_file: Write) -
             "train.patience", "train.log_every", "schedule.t_max", "loss.mixup_alpha")  # fmt: skip
     tables = "[grid]\n" + "\n".join(f"{key} = {list(range(2, 100))}" for key in keys)
     assert f"more than {MAX_CELLS:,}" in complaint(sweep_file(tables))
-    edge = f"[grid]\ntrain.epochs = {list(range(1, MAX_CELLS + 2))}"
-    assert f"s.toml: grid: {MAX_CELLS + 1:,} cells" in complaint(sweep_file(edge, seeds=[1]))
+
+
+def test_as_many_cells_as_allowed_are_allowed(
+    sweep_file: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweep_plan, "MAX_CELLS", 3)
+    assert len(read_plan(sweep_file(seeds=[1, 2, 3])).cells) == 3
+    message = complaint(sweep_file(seeds=[1, 2, 3, 4]))
+    assert message == "s.toml: grid: 4 cells, more than 3"
 
 
 def test_a_measuring_command_keeps_its_options(sweep_file: Write) -> None:
