@@ -100,6 +100,7 @@ def test_more_seeds_and_values_only_train_what_is_new(
     [
         ("[settings]\noptim.momentum = 0.5\n", {}, "optim.momentum = 0.5 (the sweep has 0.9)"),
         ("[settings]\ntrain.epochs = 9\n", {}, "train.epochs = 9 (the sweep has 200)"),
+        ("[settings]\neval.bins = 9\n", {}, "eval.bins = 9 (the sweep has 15)"),
         ("", {"presets": ["digits_ir20"]}, "data.dataset = 'digits' (the sweep has"),
         ("", {"command": "balpoe train --cpu"}, "begun with 'balpoe train', not 'balpoe train"),
     ],
@@ -342,6 +343,24 @@ def test_a_cell_that_was_stopped_before_it_could_listen_has_not_failed(
     calls()
     assert sweep() == 0
     assert [words[-1] for words in calls()] == [f"--out={FOLDER}/seed={seed}" for seed in (2, 3)]
+
+
+def test_a_stop_that_comes_as_a_cell_ends_starts_no_other(
+    begun: Callable[..., "subprocess.Popen[str]"], calls: Calls
+) -> None:
+    program = begun("finish")
+    program.terminate()
+    _, err = program.communicate(timeout=30)
+    assert program.returncode == 75, err
+    assert "stopped: seed=3: SIGTERM" in err
+    assert len(calls()) == 2
+
+
+def test_signals_are_given_back(behave: Say, sweep_file: Write) -> None:
+    before = signal.getsignal(signal.SIGUSR1)
+    sweep_file(seeds=[1])
+    assert sweep() == 0
+    assert signal.getsignal(signal.SIGUSR1) == before
 
 
 def test_a_second_ctrl_c_leaves_at_once_and_takes_the_cell_along(
