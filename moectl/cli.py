@@ -90,12 +90,13 @@ CONTENTS: dict[str, tuple[str, dict[str, str]]] = {
             "export": "Write the weights of a run as safetensors.",
         },
     ),
+    "sweep": ("Train every cell of a grid with every seed, and compare them.", {}),
     "doctor": ("Check this machine and this installation.", {}),
 }
-_TOOLS = ("presets", "runs", "doctor")
+_TOOLS = ("presets", "runs", "sweep", "doctor")
 
 
-def _leaf(room: str, name: str) -> Any:
+def leaf(room: str, name: str) -> Any:
     """Import the one module that has the command and build it."""
     path = f"moectl.tools.{room}" if room in _TOOLS else f"moectl.{room}.cli"
     module = importlib.import_module(path)
@@ -139,7 +140,7 @@ class _Room(_Contents):
         lines = self._lines()
         if cmd_name not in lines:
             return None
-        return _leaf(self.name or "", cmd_name)
+        return leaf(self.name or "", cmd_name)
 
 
 class _Root(_Contents):
@@ -151,7 +152,7 @@ class _Root(_Contents):
             return None
         line, commands = CONTENTS[cmd_name]
         if not commands:
-            return _leaf(cmd_name, cmd_name)
+            return leaf(cmd_name, cmd_name)
         return _Room(name=cmd_name, help=line, no_args_is_help=True, short_help=line)
 
 

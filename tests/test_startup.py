@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import typer
 
-from moectl.cli import _TOOLS, CONTENTS, _leaf
+from moectl.cli import _TOOLS, CONTENTS, leaf
 
 ROOT = Path(__file__).resolve().parent.parent
 HEAVY = {
@@ -122,7 +122,7 @@ def test_the_table_says_what_the_docstring_says(room: str, command: str) -> None
 @pytest.mark.parametrize(("room", "command"), LEAVES)
 def test_option_names_are_unique_and_explained(room: str, command: str) -> None:
     names: list[str] = []
-    for parameter in _leaf(room, command).params:
+    for parameter in leaf(room, command).params:
         if parameter.param_type_name == "option":
             names += [*parameter.opts, *parameter.secondary_opts]
             assert parameter.help, parameter.name
@@ -134,7 +134,7 @@ def test_option_names_are_unique_and_explained(room: str, command: str) -> None:
 def test_a_dropped_option_is_not_one_that_exists(room: str) -> None:
     for command in CONTENTS[room][1]:
         dropped = getattr(function_of(room, command), "dropped", {})
-        existing = {name for item in _leaf(room, command).params for name in item.opts}
+        existing = {name for item in leaf(room, command).params for name in item.opts}
         assert not set(dropped) & existing
 
 

@@ -13,10 +13,18 @@ log = logging.getLogger(__name__)
 
 
 class Lock:
-    """One writer per run folder; the kernel lets go when the process dies, however it dies."""
+    """One writer per run folder; the kernel lets go when the process dies, however it dies.
 
-    def __init__(self, folder: Path) -> None:
-        self._file = (folder / "run.lock").open("a+", encoding="utf-8")
+    Args:
+        folder: the folder.
+        name: of the file that is locked in it.
+
+    Raises:
+        UserError: if another process holds it.
+    """
+
+    def __init__(self, folder: Path, name: str = "run.lock") -> None:
+        self._file = (folder / name).open("a+", encoding="utf-8")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -32,6 +40,10 @@ class Lock:
         self._file.flush()
         # Loader workers outlive a killed process by seconds and must not keep its lock.
         os.register_at_fork(after_in_child=self.release)
+
+    def fileno(self) -> int:
+        """Return the descriptor; a program that inherits it holds the lock as well."""
+        return self._file.fileno()
 
     def release(self) -> None:
         """Let others write. The file stays: removing it would let two writers in."""

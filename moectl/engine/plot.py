@@ -197,6 +197,52 @@ def bar_panels(
     write_png(figure, path)
 
 
+def spreads(
+    path: Path,
+    places: Sequence[float] | Sequence[str],
+    panels: Mapping[str, Sequence[tuple[float, float] | None]],
+    *,
+    title: str,
+    x_label: str,
+) -> None:
+    """Draw means with deviations below each other: lines over numbers, bars over names.
+
+    Args:
+        path: the PNG file.
+        places: where the means stand on the x axis.
+        panels: label of the y axis to (mean, deviation) at every place; None is left out.
+        title: above the first panel.
+        x_label: below the last panel.
+    """
+    named = [place for place in places if isinstance(place, str)]
+    figure = new_figure(min(12.8, max(6.4, 0.5 * len(named))), 0.6 + 2.4 * len(panels))
+    for number, (label, values) in enumerate(panels.items(), 1):
+        axes = new_axes(
+            figure,
+            (len(panels), 1, number),
+            title=title if number == 1 else "",
+            x_label=x_label if number == len(panels) else "",
+            y_label=label,
+        )
+        xs: Sequence[Any] = range(len(named)) if named else places
+        known = sorted((x, *value) for x, value in zip(xs, values, strict=True) if value)
+        columns = [[row[column] for row in known] for column in range(3)]
+        color = PALETTE[(number - 1) % len(PALETTE)]
+        if named:
+            axes.bar(columns[0], columns[1], 0.7, color=color)
+            name_axis(axes, "x", named if number == len(panels) else [""] * len(named))
+            axes.set_xlim(-0.6, len(named) - 0.4)
+        elif _spans_decades(places):
+            axes.set_xscale("log")
+        look = {"fmt": "none", "ecolor": INK} if named else {"marker": "o", "color": color}
+        axes.errorbar(*columns, capsize=3, **look)  # type: ignore[arg-type]
+    write_png(figure, path)
+
+
+def _spans_decades(places: Sequence[Any]) -> bool:
+    return min(places) > 0 and max(places) >= 30 * min(places)
+
+
 def heat_map(
     path: Path,
     values: Sequence[Values],

@@ -75,3 +75,15 @@ def test_forked_processes_do_not_hold_the_lock(tmp_path: Path) -> None:
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
+
+
+def test_a_program_that_inherits_a_lock_holds_it_as_well(tmp_path: Path) -> None:
+    lock = Lock(tmp_path, "other.lock")
+    words = [sys.executable, "-c", "input()"]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, pass_fds=[lock.fileno()]) as heir:
+        lock.release()
+        with pytest.raises(UserError, match="another process is writing here"):
+            Lock(tmp_path, "other.lock")
+        Lock(tmp_path).release()  # a file of another name is another lock
+        heir.communicate(b"\n")
+    Lock(tmp_path, "other.lock").release()

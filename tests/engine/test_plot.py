@@ -51,7 +51,14 @@ def draw_line_panels(path: Path) -> None:
     plot.line_panels(path, panels, title="t", x_label="x", scale="percent")
 
 
-DRAWN = (draw_lines, draw_line_panels, draw_bars, draw_panels, draw_map, draw_reliability)
+def draw_spreads(path: Path) -> None:
+    panels = {"u": [(0.5, 0.1), None], "v": [None, None]}
+    plot.spreads(path, [0.1, 0.01], panels, title="t", x_label="x")
+
+
+DRAWN = (
+    draw_lines, draw_line_panels, draw_bars, draw_panels, draw_map, draw_reliability, draw_spreads,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("draw", DRAWN)
@@ -154,3 +161,34 @@ def test_a_confusion_shows_shares_and_leaves_empty_rows_white(tmp_path: Path) ->
         names=names,
     )
     assert path.read_bytes() == (tmp_path / "h.png").read_bytes()
+
+
+def spread_axes(monkeypatch: pytest.MonkeyPatch, places: Any, *values: Any) -> Any:
+    kept: list[Any] = []
+    monkeypatch.setattr(plot, "write_png", lambda figure, _: kept.append(figure))
+    plot.spreads(Path("x.png"), places, {"u": values}, title="t", x_label="x")
+    return kept[0].axes[0]
+
+
+def test_means_over_numbers_are_a_line_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    axes = spread_axes(monkeypatch, [3, 1, 2], (0.3, 0.03), (0.1, 0.01), None)
+    line, (_, _), (bars,) = axes.containers[0]
+    assert [list(line.get_xdata()), list(line.get_ydata())] == [[1, 3], [0.1, 0.3]]
+    ends = [sorted(point[1] for point in segment) for segment in bars.get_segments()]
+    assert ends == [pytest.approx([0.09, 0.11]), pytest.approx([0.27, 0.33])]
+    assert axes.get_xscale() == "linear"
+    assert not axes.patches
+
+
+def test_numbers_over_decades_stand_on_a_log_axis(monkeypatch: pytest.MonkeyPatch) -> None:
+    point = (0.1, 0.0)
+    assert spread_axes(monkeypatch, [0.001, 0.1], point, point).get_xscale() == "log"
+    assert spread_axes(monkeypatch, [0, 100], point, point).get_xscale() == "linear"
+
+
+def test_means_over_names_are_bars(monkeypatch: pytest.MonkeyPatch) -> None:
+    axes = spread_axes(monkeypatch, ["a", "b", "c"], (0.3, 0.03), None, (0.1, 0.01))
+    assert [(bar.get_x() + 0.35, bar.get_height()) for bar in axes.patches] == [
+        pytest.approx((0, 0.3)), pytest.approx((2, 0.1))
+    ]  # fmt: skip
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["a", "b", "c"]

@@ -1,0 +1,140 @@
+"""`moectl sweep`: a grid of settings times seeds over a training command."""
+
+import os
+import shlex
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from moectl.engine import console
+from moectl.engine.command import RESUMABLE
+from moectl.engine.errors import Interrupted, RunFailed, UserError
+from moectl.engine.files import is_folder
+from moectl.engine.signals import StopRequest
+from moectl.engine.tracking import loads_or_none
+from moectl.tools.sweep_cells import Attendant, alone
+from moectl.tools.sweep_plan import Plan, read_plan
+from moectl.tools.sweep_table import chosen, collect, report, tables, write
+
+_LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "ACCELERATE_MIXED_PRECISION")
+_FREE = frozenset(key for key in RESUMABLE if not key.startswith(("train.epochs", "eval.")))
+"""Settings that may change while a sweep is under way, for they change no score."""
+
+
+def sweep(
+    file: Annotated[Path, typer.Argument(metavar="FILE.toml", help="What is trained, and how.")],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Folder of the sweep.", show_default="runs/sweep/NAME"),
+    ] = None,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option("--metric", help="A score to show; the file says which, else all."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", "-n", help="List the cells; nothing is done.")
+    ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Only warnings and errors on stderr.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="The result as one JSON document on stdout.")
+    ] = False,
+) -> None:
+    """Train every cell of a grid with every seed, and compare them.
+
+    The same command once more goes on where it was stopped or killed, and tries what failed again.
+    """
+    console.setup(quiet=quiet, as_json=as_json)
+    if launched := [name for name in _LAUNCHERS if name in os.environ]:
+        raise UserError(
+            f"a sweep starts its cells itself, but a launcher has set {', '.join(launched)}",
+            "start it as: moectl sweep FILE.toml, without accelerate or torchrun",
+        )
+    plan = read_plan(file, out)
+    _check_kept(plan)
+    if dry_run:
+        _show(plan)
+        return
+    place = "--metric" if metric else f"{file}: metrics:"
+    chosen(collect(plan, {}), metric or plan.metrics, place)  # of cells that are done
+    document = run_sweep(plan, quiet=quiet)
+    metrics = chosen(document, metric or plan.metrics, place)
+    report(plan, document, metrics)
+    console.result(document, tables(document, metrics))
+    if failed := [one["cell"] for one in document["cells"] if one["status"] == "failed"]:
+        raise RunFailed(f"{len(failed)} of {len(plan.cells)} cells failed")
+
+
+def run_sweep(plan: Plan, *, quiet: bool) -> dict[str, Any]:
+    """Train and measure what is not done yet, and return the result as a JSON document.
+
+    Raises:
+        Interrupted: if a signal stopped it; the same sweep goes on from there.
+        UserError: if somebody else works in its folder.
+    """
+    try:
+        plan.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{plan.folder}: cannot be created ({error.strerror})") from None
+    stop = StopRequest()
+    failures: dict[str, str] = {}
+    stop.install()
+    try:
+        with alone(plan.folder, stop) as lock:
+            attendant = Attendant(plan, stop, lock, quiet=quiet)
+            for number, cell in enumerate(plan.cells, 1):
+                write(plan, collect(plan, failures))
+                console.log.info("[%d/%d] %s", number, len(plan.cells), cell.name)
+                try:
+                    if stop:
+                        raise Interrupted(stop.reason)
+                    attendant.attend(cell)
+                except RunFailed as error:
+                    failures[cell.name] = str(error)
+                    console.log.warning("%s failed: %s", cell.name, error)
+                except Interrupted as error:
+                    hint = "the same command goes on from here"
+                    raise Interrupted(f"{cell.name}: {error}", hint) from None
+            document = collect(plan, failures)
+            write(plan, document)
+    finally:
+        stop.restore()
+    return document
+
+
+def _check_kept(plan: Plan) -> None:
+    """Refuse a folder whose cells were trained otherwise: they would be compared as if equal."""
+    there = [path.suffix for path in plan.folder.iterdir()] if is_folder(plan.folder) else []
+    if not set(there) - {".lock", ".part"}:  # killed before its first word
+        return
+    kept = loads_or_none(plan.folder / "sweep.json")
+    if not isinstance(kept, dict) or "settings" not in kept:
+        raise UserError(f"{plan.folder}: not empty, and no sweep", "--out names another folder")
+    hint = "another name, or --out DIR, makes a new sweep"
+    if kept["command"] != plan.command:
+        message = f"{plan.folder}: begun with {kept['command']!r}, not {plan.command!r}"
+        raise UserError(message, hint)
+    changed = [
+        f"{key} = {value!r} (the sweep has {kept['settings'][key]!r})"
+        for key, value in plan.settings.items()
+        if key not in _FREE and key in kept["settings"] and kept["settings"][key] != value
+    ]
+    if changed:
+        raise UserError(f"{plan.folder}: begun with other settings: {', '.join(changed)}", hint)
+
+
+def _show(plan: Plan) -> None:
+    """Print the cells and their commands."""
+    found = collect(plan, {})
+    rows = [
+        {
+            "cell": cell.name,
+            "status": one["status"],
+            "command": shlex.join(["moectl", *cell.words, f"--out={plan.folder / cell.name}"]),
+        }
+        for cell, one in zip(plan.cells, found["cells"], strict=True)
+    ]
+    document = {"folder": str(plan.folder), "cells": rows}
+    console.result(document, console.table(list(rows[0]), [list(row.values()) for row in rows]))
