@@ -172,7 +172,16 @@ def _warn(settings: BalpoeSettings) -> None:
 
 
 def import_weights(path: Path, settings: BalpoeSettings, run: Run[BalpoeSettings]) -> None:
-    """Make a run of a public `.pth` of the original code, so that `eval` can use it."""
+    """Make a run of a public `.pth` of the original code, so that `eval` can use it.
+
+    Args:
+        path: of the weights.
+        settings: of the model they fit and of the data they were trained on.
+        run: that gets them.
+
+    Raises:
+        UserError: if the file holds no weights, or those of another model.
+    """
     found = artefact.load(path)
     with run.accelerator.main_process_first():
         data = load(settings.data, settings.train.seed)
