@@ -7,7 +7,7 @@ import typer
 
 from moectl.balpoe.settings import BalpoeSettings
 from moectl.engine import console
-from moectl.engine.command import Request, command, open_run
+from moectl.engine.command import Request, command, open_run, show_run
 from moectl.engine.errors import UserError
 
 _DROPPED = {
@@ -47,7 +47,7 @@ def train(request: Request) -> None:
 
     with open_run(request) as run:
         run_training(run.settings, run)
-    console.result({**run.record, "folder": str(run.folder)}, str(run.folder))
+    show_run(run)
 
 
 _STAGES = {
@@ -155,4 +155,4 @@ def import_(
         raise UserError("import makes a new run, it does not go on with one", "leave --resume out")
     with open_run(request) as run:
         import_weights(weights, run.settings, run)
-    console.result({**run.record, "folder": str(run.folder)}, str(run.folder))
+    show_run(run)

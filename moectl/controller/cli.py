@@ -7,7 +7,7 @@ import typer
 
 from moectl.controller.settings import ControllerSettings
 from moectl.engine import console
-from moectl.engine.command import Request, command, open_run
+from moectl.engine.command import Request, command, open_run, show_run
 
 
 def _size(settings: Any) -> dict[str, Any]:
@@ -37,7 +37,7 @@ def toy(request: Request) -> None:
 
     with open_run(request) as run:
         train_toy(run.settings, run)
-    console.result({**run.record, "folder": str(run.folder)}, str(run.folder))
+    show_run(run)
 
 
 @command(
@@ -68,7 +68,7 @@ def grpo(request: Request) -> None:
 
     with open_run(request) as run:
         train(run.settings, run)
-    console.result({**run.record, "folder": str(run.folder)}, str(run.folder))
+    show_run(run)
 
 
 @command(

@@ -355,3 +355,20 @@ def full_latency(pricing: Pricing, environment: Environment) -> float:
     plan = environment.space.full
     rows = range(min(_FULL_SAMPLES, len(environment.ids)))
     return statistics.median(pricing.latency(plan, environment.execute(row, plan)) for row in rows)
+
+
+def warn_outside(budgets: Sequence[float], limits: tuple[float, float], unit: str) -> None:
+    """Warn of each budget that a controller knows nothing about.
+
+    Args:
+        budgets: in any order.
+        limits: smallest and largest that it was trained for.
+        unit: of all of them.
+    """
+    low, high = limits
+    for budget in sorted(set(budgets)):
+        if not low * 0.99 <= budget <= high * 1.01:
+            log.warning(
+                "budget %g is outside of what the controller was trained for: %.4g to %.4g %s",
+                budget, low, high, unit,
+            )  # fmt: skip

@@ -7,7 +7,7 @@ import typer
 
 from moectl.diffusion.settings import DiffusionSettings
 from moectl.engine import console
-from moectl.engine.command import Request, command, open_run
+from moectl.engine.command import Request, command, open_run, show_run
 from moectl.engine.errors import RunFailed
 
 
@@ -32,7 +32,7 @@ def train(request: Request) -> None:
 
     with open_run(request) as run:
         run_training(run.settings, run)
-    console.result({**run.record, "folder": str(run.folder)}, str(run.folder))
+    show_run(run)
 
 
 @command(DiffusionSettings, ("sample",), train=False, reads=("train",), alias="--checkpoint")

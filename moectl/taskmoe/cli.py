@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from moectl.engine import console
-from moectl.engine.command import Request, command, open_run
+from moectl.engine.command import Request, command, open_run, show_run
 from moectl.engine.errors import RunFailed, UserError
 from moectl.taskmoe.settings import TaskmoeSettings
 
@@ -77,7 +77,7 @@ def specialist(request: Request) -> None:
 
     with open_run(request) as run:
         train_specialist(run.settings, run)
-    console.result({**run.record, "folder": str(run.folder)}, str(run.folder))
+    show_run(run)
 
 
 @command(
@@ -137,7 +137,7 @@ def train(
     with open_run(request) as run:
         start = begin(run, merged, submodels_dir, load_model_path)
         run_training(run.settings, run, start, teachers(run.settings, start))
-    console.result({**run.record, "folder": str(run.folder)}, str(run.folder))
+    show_run(run)
 
 
 @command(
