@@ -70,7 +70,18 @@ def _member(settings: Any) -> dict[str, Any]:
     return size.member(settings)
 
 
-@command(TaskmoeSettings, (*_TRAINED, "specialist"), train=True, size=_member, dropped=_DROPPED)
+@command(
+    TaskmoeSettings,
+    (*_TRAINED, "specialist"),
+    train=True,
+    size=_member,
+    dropped=_DROPPED,
+    without=(
+        "train.select_on",
+        "train.freeze_extractor_epochs",
+        "train.expert_analysis_interval",
+    ),
+)
 def specialist(request: Request) -> None:
     """Train one of the specialists."""
     from moectl.taskmoe.specialist import train_specialist
