@@ -38,7 +38,7 @@ from moectl.controller.rivals import (
 from moectl.controller.rollout import Player
 from moectl.controller.samples import shuffled
 from moectl.controller.settings import Policy
-from moectl.controller.timing import Clock, median_ms
+from moectl.controller.timing import Clock, median_ms, open_clock
 from moectl.controller.weights import open_policy, require_space
 from moectl.controller.world import World, full_latency, open_world, warn_outside
 from moectl.engine import console
@@ -214,6 +214,7 @@ def evaluate(
         Plain values, and what came of each question.
     """
     world, settings = opened.world, opened.settings
+    clock = open_clock(opened.accelerator.device, settings.latency.clock)
     outcomes = _outcomes(opened, policies, budgets)
     groups: dict[str, list[int]] = {}
     for row, name in enumerate(opened.scene.ids):
@@ -230,7 +231,7 @@ def evaluate(
         "tables": world.facts["tables"],
         "trained_for": list(world.budgets),
         "full_latency": full,
-        "choice_ms": _choice_ms(opened, budgets[0]),
+        "choice_ms": decide_ms(opened, clock, budgets[0]),
         "controller_ms": world.pricing.controller_ms,
         "policies": list(policies),
         "budgets": list(budgets),
@@ -260,10 +261,10 @@ def evaluate(
     return document, outcomes
 
 
-def _choice_ms(opened: Opened, budget: float) -> float:
+def decide_ms(opened: Opened, clock: Clock, budget: float) -> float:
     """Return how long it takes to choose one plan, features at hand."""
     row, budgets = torch.arange(1), torch.full((1,), budget)
-    return median_ms(Clock(opened.accelerator.device), lambda: opened.player.decide(row, budgets))
+    return median_ms(clock, lambda: opened.player.decide(row, budgets))
 
 
 def _outcomes(opened: Opened, policies: Sequence[Policy], budgets: Sequence[float]) -> Outcomes:

@@ -91,10 +91,12 @@ def _open_real(
 ) -> tuple[dict[str, Environment], dict[str, Any]]:
     from moectl.controller.data import load, load_test
     from moectl.controller.executor import Executor
-    from moectl.controller.open import open_backbone
+    from moectl.controller.open import check_network, open_backbone
     from moectl.controller.timing import open_clock
 
+    clock = open_clock(device, settings.latency.clock)
     model = find_model(settings.backbone.model)
+    check_network(model)
     seed = settings.train.seed
     samples, facts = {}, {}
     if set(splits) & {"train", "val"}:
@@ -108,7 +110,6 @@ def _open_real(
         dtype=settings.backbone.dtype,
         experts=settings.backbone.experts,
     )
-    clock = open_clock(device, settings.latency.clock)
     options = {
         "max_new_tokens": settings.backbone.max_new_tokens,
         "repeats": settings.latency.repeats,
