@@ -9,6 +9,7 @@ from moectl.balpoe.settings import BalpoeSettings
 from moectl.engine import console
 from moectl.engine.command import Request, command, open_run, show_run
 from moectl.engine.errors import UserError
+from moectl.engine.files import require_file
 
 _DROPPED = {
     "--config": "use --preset NAME or --preset FILE.toml",
@@ -149,10 +150,11 @@ def import_(
     weights: Annotated[Path, typer.Argument(help="A .pth file with `state_dict`.")],
 ) -> None:
     """Bring a public .pth of the original code into a run folder."""
-    from moectl.balpoe.train import import_weights
-
     if request.folder:
         raise UserError("import makes a new run, it does not go on with one", "leave --resume out")
+    require_file(weights)
+    from moectl.balpoe.train import import_weights
+
     with open_run(request) as run:
         import_weights(weights, run.settings, run)
     show_run(run)

@@ -8,6 +8,7 @@ import typer
 from moectl.controller.settings import ControllerSettings
 from moectl.engine import console
 from moectl.engine.command import Request, command, open_run, show_run
+from moectl.engine.files import require_folder
 
 
 def _size(settings: Any) -> dict[str, Any]:
@@ -130,12 +131,13 @@ def infer(  # noqa: PLR0913 - the options of a command
 ) -> None:
     """Answer a question within a budget."""
     from moectl.controller.answers import shown, shown_all, summary
-    from moectl.controller.infer import Choice, run_infer
-    from moectl.controller.questions import questions_of
+    from moectl.controller.questions import Choice, questions_of
 
     asked = questions_of(image, prompt, budget, questions)
     by = "plan" if plan and policy != "lut" else policy
     choice = Choice(by, plan, target_violation or (_GUARD_TARGET if guard else 0.0))
+    from moectl.controller.infer import run_infer  # heavy: only once all this is right
+
     found = run_infer(request, asked, choice, compare=compare)
     if questions is None and len(found) == 1:
         console.result(found[0], shown(found[0]))
@@ -150,6 +152,7 @@ def convert(
     out: Annotated[Path, typer.Argument(help="Folder to write; new, or empty.")],
 ) -> None:
     """Bring a checkpoint of MolmoE into a folder of safetensors."""
+    require_folder(source)
     from moectl.controller.molmoe_convert import convert as run_convert
 
     document = run_convert(source, out)

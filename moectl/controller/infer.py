@@ -7,9 +7,9 @@ looked at it.
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -21,7 +21,7 @@ from moectl.controller.latency import margin
 from moectl.controller.open import open_backbone
 from moectl.controller.plans import Plan, plan_from
 from moectl.controller.policy import decide, plans
-from moectl.controller.questions import Question
+from moectl.controller.questions import Choice, Question
 from moectl.controller.records import unit_of
 from moectl.controller.timing import Clock, open_clock
 from moectl.controller.weights import open_policy, require_space
@@ -46,23 +46,6 @@ from moectl.engine.run import read_record
 log = logging.getLogger(__name__)
 
 _PROFILE = "--tables of a run of moectl controller profile"
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What chooses the plans."""
-
-    by: Literal["controller", "lut", "plan"]
-    plan: Path | None = None
-    """A file with the plan of all answers."""
-    target: float = 0.0
-    """Share of budgets that the guard may miss; 0 for no guard."""
-
-    def __post_init__(self) -> None:
-        if self.by == "lut" and self.plan is not None:
-            raise UserError(
-                f"--policy lut and --plan {self.plan}: both choose the plan", "give one of them"
-            )
 
 
 class _Asked:
