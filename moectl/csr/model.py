@@ -292,15 +292,6 @@ class CSRNet(nn.Module):
         self.task_mean.copy_(mean)
         self.task_std.copy_(torch.where(std > 1e-6, std, torch.ones_like(std)))
 
-    @torch.no_grad()
-    def fold_task_norm(self) -> None:
-        """Move the norm into the task head, which then weighs raw scores and says the same."""
-        said = self.kept.any(1) if self.task_input == "max" else self.kept.flatten()
-        self.task_head.weight.div_(self.task_std).mul_(said)
-        self.task_head.bias.sub_(self.task_head.weight @ self.task_mean)
-        self.task_mean.zero_()
-        self.task_std.fill_(1)
-
     def stage_parameters(self, stage: Stage) -> dict[str, list[nn.Parameter]]:
         """Return what a stage trains, by part: backbone, concept_head, projector, and so on."""
         _check("stage", stage, Stage)

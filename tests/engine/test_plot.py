@@ -154,3 +154,16 @@ def test_a_confusion_shows_shares_and_leaves_empty_rows_white(tmp_path: Path) ->
         names=names,
     )
     assert path.read_bytes() == (tmp_path / "h.png").read_bytes()
+
+
+def test_known_points_are_those_with_two_finite_numbers() -> None:
+    rows = [
+        {"epoch": "1", "loss": "0.5"},
+        {"epoch": "2", "loss": ""},
+        {"epoch": "", "loss": "1"},
+        {"epoch": "3", "loss": "inf"},
+        {"epoch": "4"},
+        {"epoch": "5", "loss": "-2"},
+    ]
+    assert plot.known_points(rows, "loss") == ([1.0, 5.0], [0.5, -2.0])
+    assert plot.known_points(rows, "other") == ([], [])
