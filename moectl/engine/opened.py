@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moectl.engine.artefact import Artefact
-from moectl.engine.files import is_file
 from moectl.engine.launch import build_accelerator
 from moectl.engine.run import read_record
 
@@ -37,10 +36,12 @@ def accelerator_for(section: "TrainSection", cpu: bool, folder: Path) -> "Accele
     Args:
         section: the table `train`.
         cpu: whether a GPU is left alone.
-        folder: of the weights; outside of a run the precision is that of the table.
+        folder: of the run.
+
+    Raises:
+        UserError: if it is none.
     """
-    known = read_record(folder) if is_file(folder / "run.json") else {}
-    return build_accelerator(section, cpu, str(known.get("precision", "")))
+    return build_accelerator(section, cpu, str(read_record(folder)["precision"]))
 
 
 def summary(weights: Artefact) -> dict[str, Any]:

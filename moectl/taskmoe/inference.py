@@ -11,7 +11,9 @@ from torch import Tensor
 
 from moectl.engine.command import Request
 from moectl.engine.errors import UserError
+from moectl.engine.files import is_file
 from moectl.engine.inference import predict
+from moectl.engine.launch import build_accelerator
 from moectl.engine.opened import Trained, accelerator_for, summary
 from moectl.engine.references import exact, find_weights, finished_runs, split_reference
 from moectl.engine.settings import dump, flatten, resolve
@@ -80,7 +82,9 @@ def open_mixture(
     settings = _as_trained(request, facts, path)
     if temperature is not None and not 0 < temperature < math.inf:
         raise UserError(f"--temperature {temperature}: expected a number above 0")
-    accelerator = accelerator or accelerator_for(settings.train, request.cpu, path.parent)
+    if accelerator is None and is_file(path.parent / "run.json"):
+        accelerator = accelerator_for(settings.train, request.cpu, path.parent)
+    accelerator = accelerator or build_accelerator(settings.train, request.cpu)
     model = rebuild(weights).to(accelerator.device).to(memory_format=torch.channels_last)
     if temperature is not None:
         model.temperature.fill_(temperature)

@@ -404,7 +404,7 @@ def test_several_processes_are_refused(
     own: Path, controller: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     several = SimpleNamespace(num_processes=2, device=torch.device("cpu"))
-    monkeypatch.setattr(evaluation, "build_accelerator", lambda *_: several)
+    monkeypatch.setattr(evaluation, "accelerator_for", lambda *_: several)
     code, _, err = controller("eval", "--quiet")
     assert code == 2
     assert "controller eval runs in one process" in err
@@ -426,7 +426,7 @@ def test_choosing_is_timed_by_the_clock_of_the_settings(
         return Clock(device, kind)
 
     monkeypatch.setattr(evaluation, "open_clock", opened)
-    words = ("--baseline", "full", "--budget", "200", "--set", "latency.clock=cpu")
+    words = ("--baseline", "static_full", "--budget", "200", "--set", "latency.clock=cpu")
     assert _run(["controller", "eval", *words, "--quiet"]) == 0
     assert kinds == ["cpu"]
 
@@ -434,7 +434,7 @@ def test_choosing_is_timed_by_the_clock_of_the_settings(
 @pytest.mark.parametrize("saved", [True, False])
 def test_predictions_are_kept_if_they_are_asked_for(own: Path, saved: bool) -> None:
     flag = "--save-predictions" if saved else "--no-save-predictions"
-    words = ("--baseline", "full", "--budget", "200", flag)
+    words = ("--baseline", "static_full", "--budget", "200", flag)
     assert _run(["controller", "eval", *words, "--quiet"]) == 0
     folder = own / "evals" / "test@best_model"
     assert bool(list(folder.glob("*_predictions.jsonl"))) is saved

@@ -8,6 +8,7 @@ import pytest
 
 from moectl.engine import opened
 from moectl.engine.artefact import Artefact
+from moectl.engine.errors import UserError
 from moectl.engine.opened import accelerator_for, summary
 from moectl.engine.sections import TrainSection
 
@@ -18,10 +19,11 @@ def test_the_precision_is_that_of_the_training(
     asked: list[tuple[Any, ...]] = []
     monkeypatch.setattr(opened, "build_accelerator", lambda *given: asked.append(given))
     section = TrainSection()
-    accelerator_for(section, True, tmp_path)
+    with pytest.raises(UserError, match="not a run folder"):
+        accelerator_for(section, True, tmp_path)
     (tmp_path / "run.json").write_text(json.dumps({"room": "a", "precision": "bf16"}))
     accelerator_for(section, False, tmp_path)
-    assert asked == [(section, True, ""), (section, False, "bf16")]
+    assert asked == [(section, False, "bf16")]
 
 
 def test_results_name_file_checksum_and_epoch() -> None:
