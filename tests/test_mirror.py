@@ -1,8 +1,13 @@
 """Every source file has its tests where one looks for them."""
 
+import ast
+import importlib
+import re
 from pathlib import Path
 
 import pytest
+
+from moectl.tools.rooms import rooms
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -25,8 +30,19 @@ def test_every_source_file_has_a_test_file(path: Path) -> None:
 
 def test_packages_hold_no_code_of_their_own() -> None:
     for path in (ROOT / "moectl").rglob("__init__.py"):
-        lines = path.read_text(encoding="utf-8").strip().splitlines()
-        assert len(lines) <= 5, f"{path} is not tested by the mirror"
+        code = ast.unparse(ast.parse(path.read_text(encoding="utf-8")).body[1:])
+        assert re.fullmatch(r"(__version__ = .*)?", code), f"{path} is not tested by the mirror"
+
+
+@pytest.mark.parametrize("room", rooms())
+def test_the_reading_order_of_a_room_names_every_file(room: str) -> None:
+    text = importlib.import_module(f"moectl.{room}").__doc__ or ""
+    order = text.partition("Reading order")[2]
+    lines = re.findall(r"^- (.*(?:\n  .*)*)", order, re.MULTILINE)
+    named = {name for line in lines for name in re.findall(r"`(\w+)`", line)}
+    files = {path.stem for path in (ROOT / "moectl" / room).glob("*.py")} - {"__init__"}
+    assert files - named == set()
+    assert 8 <= len(lines) <= 12
 
 
 def test_no_test_file_outlives_its_source() -> None:

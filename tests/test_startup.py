@@ -78,6 +78,21 @@ def test_dry_run_settings_come_before_torch(tmp_path: Path) -> None:
     assert not modules & HEAVY
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "balpoe import missing.pth",
+        "controller convert missing out",
+        "controller infer --policy lut --prompt x",
+        "diffusion ablate",
+    ],
+)
+def test_wrong_words_are_refused_before_torch(words: str) -> None:
+    code, _, modules, out = probe(*words.split())
+    assert (code, out) == (2, "")
+    assert not modules & {"torch", "transformers", "diffusers"}
+
+
 @pytest.mark.parametrize("shell", ["bash", "zsh"])
 def test_completion_lists_presets_without_torch(shell: str) -> None:
     words = "moectl balpoe train --preset digits"

@@ -7,8 +7,9 @@ import typer
 
 from moectl.balpoe.settings import BalpoeSettings
 from moectl.engine import console
-from moectl.engine.command import Request, command, open_run
+from moectl.engine.command import Request, command, open_run, show_run
 from moectl.engine.errors import UserError
+from moectl.engine.files import require_file
 
 _DROPPED = {
     "--config": "use --preset NAME or --preset FILE.toml",
@@ -47,7 +48,7 @@ def train(request: Request) -> None:
 
     with open_run(request) as run:
         run_training(run.settings, run)
-    console.result({**run.record, "folder": str(run.folder)}, str(run.folder))
+    show_run(run)
 
 
 _STAGES = {
@@ -149,10 +150,11 @@ def import_(
     weights: Annotated[Path, typer.Argument(help="A .pth file with `state_dict`.")],
 ) -> None:
     """Bring a public .pth of the original code into a run folder."""
-    from moectl.balpoe.train import import_weights
-
     if request.folder:
         raise UserError("import makes a new run, it does not go on with one", "leave --resume out")
+    require_file(weights)
+    from moectl.balpoe.train import import_weights
+
     with open_run(request) as run:
         import_weights(weights, run.settings, run)
-    console.result({**run.record, "folder": str(run.folder)}, str(run.folder))
+    show_run(run)

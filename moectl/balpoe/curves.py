@@ -118,9 +118,16 @@ class Area:
 
 
 def area(rates: Tensor, errors: Tensor) -> Area:
-    """Integrate errors, (R,), over rates, (R,) in any order, by trapezoids.
+    """Integrate errors over rates by trapezoids.
 
     A single point has its error as normalised area. A nan among the errors makes the areas nan.
+
+    Args:
+        rates: (R,) in any order.
+        errors: (R,).
+
+    Raises:
+        ValueError: if there is no point, a rate is nan, or shapes differ.
     """
     if rates.dim() != 1 or not len(rates) or errors.shape != rates.shape or rates.isnan().any():
         raise ValueError("an area needs as many errors as rates, at least one, and no rate nan")
@@ -130,7 +137,21 @@ def area(rates: Tensor, errors: Tensor) -> Area:
 
 
 def class_bootstrap(labels: Tensor, draws: int, seed: int) -> Tensor:
-    """Count draws of each item, (D, N) int16, resampling every class of labels to its own size."""
+    """Resample every class of labels to its own size.
+
+    Args:
+        labels: (N,) class indices.
+        draws: D.
+        seed: of all draws.
+
+    Returns:
+        (D, N) int16, how often each resample holds each item.
+
+    Raises:
+        ValueError: if there is no item or no draw.
+
+    Source: Efron 1979.
+    """
     if labels.dim() != 1 or not len(labels) or draws < 1:
         raise ValueError(f"a bootstrap needs labels, (N,), and draws, not {draws}")
     generator = torch.Generator().manual_seed(seed)

@@ -76,7 +76,17 @@ def _side(size: int, share: float) -> tuple[int, int]:
 
 
 def log_prior(class_counts: Sequence[int] | Tensor) -> Tensor:
-    """Turn training images per class into log frequencies, (K,), finite for empty classes too."""
+    """Turn training images per class into log frequencies, finite for empty classes too.
+
+    Args:
+        class_counts: (K,).
+
+    Returns:
+        (K,) float32.
+
+    Raises:
+        ValueError: if a count is negative or their sum is 0.
+    """
     counts = torch.as_tensor(class_counts, dtype=torch.float64)
     if counts.ndim != 1 or counts.sum() <= 0 or counts.min() < 0:
         raise ValueError("class_counts must be one list of counts with a positive sum")
@@ -97,6 +107,9 @@ def expert_losses(logits: Tensor, labels: Tensor, log_prior: Tensor, taus: Tenso
     Returns:
         (E,) means over the batch.
 
+    Raises:
+        ValueError: if there is not one tau per expert.
+
     Source: Sanchez Aimar et al. 2023; Ren et al. 2020 (balanced softmax).
     """
     experts = logits.shape[1]
@@ -115,9 +128,20 @@ def balpoe_loss(
 
     Equal to cross-entropy against the blended one-hot labels.
 
+    Args:
+        logits: (B, E, K) of the mixed images.
+        mixed: the batch, see `mix`.
+        log_prior: (K,) of the training set.
+        taus: (E,).
+
     Returns:
         The scalar to minimise, and each expert's own loss as `loss_expert_0`, `loss_expert_1`, …
         without gradient.
+
+    Raises:
+        ValueError: if there is not one tau per expert.
+
+    Source: Sanchez Aimar et al. 2023; Zhang et al. 2018 (two labels).
     """
     losses = expert_losses(logits, mixed.labels, log_prior, taus)
     if mixed.lam < 1:
@@ -168,6 +192,9 @@ def log_posterior(
 
     Returns:
         (N, K) log-probabilities.
+
+    Raises:
+        ValueError: if the kind is unknown or the weights are no shares.
 
     Source: Sanchez Aimar et al. 2023.
     """

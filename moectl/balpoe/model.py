@@ -3,9 +3,7 @@
 Letters: B batch, E experts, K classes, C channels, H W pixels, D features.
 """
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
@@ -13,6 +11,9 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from moectl.common.arithmetic import traced_outputs
+from moectl.common.precision import without_autocast
 
 
 class PaddedShortcut(nn.Module):
@@ -196,7 +197,7 @@ class _Backbone(nn.Module):
         for stage in self.stages:
             maps = _advance(getattr(self, stage), maps)
         # A logit is a cosine times 30; in bfloat16 it would be off by up to 0.06.
-        with _without_autocast(images.device.type):
+        with without_autocast(images.device.type):
             features = [x.mean((2, 3), dtype=self.conv1.weight.dtype) for x in maps]
             return torch.stack(_advance(getattr(self, self.head), features), dim=1)
 
@@ -218,12 +219,6 @@ def _advance(stage: nn.Module, inputs: list[Tensor]) -> list[Tensor]:
         return [stage[0](inputs[0])]
     per_expert = inputs if len(inputs) > 1 else inputs * len(stage)
     return [module(x) for module, x in zip(stage, per_expert, strict=True)]
-
-
-def _without_autocast(device_type: str) -> AbstractContextManager[object]:
-    if torch.amp.is_autocast_available(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()  # the meta device knows no autocast
 
 
 class BalpoeNet(nn.Module):
@@ -318,23 +313,17 @@ def load_public(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def multiply_adds(model: nn.Module, size: int) -> tuple[int, int]:
     """Count the multiply-adds for one image of `size` x `size` pixels.
 
-    Nothing is computed and the model is left alone: a copy without storage is traced.
-
     Returns:
         Those of the convolutions and those of the classifiers.
     """
     convolutions, heads = 0, 0
 
-    def count(module: nn.Module, _inputs: object, output: Tensor) -> None:
+    def count(_name: str, module: nn.Module, output: Tensor) -> None:
         nonlocal convolutions, heads
         if isinstance(module, nn.Conv2d):
             convolutions += output.numel() * module.weight[0].numel()
         elif isinstance(module, CosineLinear | nn.Linear):
             heads += module.weight.numel()
 
-    traced = copy.deepcopy(model).to("meta").eval()
-    for module in traced.modules():
-        module.register_forward_hook(count)
-    with torch.no_grad():
-        traced(torch.zeros(1, 3, size, size, device="meta"))
+    traced_outputs(model, size, count)
     return convolutions, heads

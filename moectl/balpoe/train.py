@@ -15,6 +15,7 @@ from moectl.balpoe.losses import balpoe_loss, log_prior, mix, mixed_accuracy
 from moectl.balpoe.model import BalpoeNet, load_public, multiply_adds
 from moectl.balpoe.report import report
 from moectl.balpoe.settings import BalpoeSettings
+from moectl.common.arithmetic import traced_outputs
 from moectl.engine import artefact
 from moectl.engine.errors import UserError
 from moectl.engine.files import write_json
@@ -172,7 +173,16 @@ def _warn(settings: BalpoeSettings) -> None:
 
 
 def import_weights(path: Path, settings: BalpoeSettings, run: Run[BalpoeSettings]) -> None:
-    """Make a run of a public `.pth` of the original code, so that `eval` can use it."""
+    """Make a run of a public `.pth` of the original code, so that `eval` can use it.
+
+    Args:
+        path: of the weights.
+        settings: of the model they fit and of the data they were trained on.
+        run: that gets them.
+
+    Raises:
+        UserError: if the file holds no weights, or those of another model.
+    """
     found = artefact.load(path)
     with run.accelerator.main_process_first():
         data = load(settings.data, settings.train.seed)
@@ -229,13 +239,10 @@ def _activations(model: nn.Module, side: int) -> float:
     """Bytes that one image leaves for the backward pass: every module's output, in fp32."""
     total = 0
 
-    def count(module: nn.Module, _: Any, output: Any) -> None:
+    def count(_name: str, module: nn.Module, output: Tensor) -> None:
         nonlocal total
-        if not list(module.children()) and isinstance(output, Tensor):
+        if not list(module.children()):
             total += output.numel()
 
-    hooks = [module.register_forward_hook(count) for module in model.modules()]
-    model(torch.empty(1, 3, side, side, device="meta"))
-    for hook in hooks:
-        hook.remove()
+    traced_outputs(model, side, count)
     return 4.0 * total

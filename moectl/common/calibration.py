@@ -62,7 +62,19 @@ def calibration(
 def reliability(
     probabilities: Tensor, labels: Tensor, bins: int = 15, weights: Tensor | None = None
 ) -> list[ReliabilityBin]:
-    """Compare confidence with accuracy in bins of equal width of the highest probability."""
+    """Compare confidence with accuracy in bins of equal width of the highest probability.
+
+    Args:
+        probabilities: (N, K), rows sum to 1.
+        labels: (N,) class indices.
+        bins: of equal width, from 0 to 1.
+        weights: (N,), not negative; equal when left out.
+
+    Raises:
+        ValueError: if rows are not probabilities or no item has weight.
+
+    Source: Guo et al. 2017.
+    """
     _, labels, shares = _checked(probabilities, labels, weights)
     confidence, predictions = probabilities.detach().cpu().max(dim=1)
     # Edges are rounded to the type of the probabilities, so that 0.6 is not above the edge 0.6.
@@ -122,6 +134,15 @@ def ace_top(
 ) -> float:
     """Mean gap between accuracy and confidence over ranges that hold the same share of the items.
 
+    Args:
+        probabilities: (N, K), rows sum to 1.
+        labels: (N,) class indices.
+        ranges: R.
+        weights: (N,), not negative; equal when left out.
+
+    Raises:
+        ValueError: if rows are not probabilities or no item has weight.
+
     Source: Nixon et al. 2019.
     """
     probabilities, labels, shares = _checked(probabilities, labels, weights)
@@ -134,6 +155,15 @@ def ace_class(
     probabilities: Tensor, labels: Tensor, ranges: int = 15, weights: Tensor | None = None
 ) -> float:
     """Mean over classes and ranges of the gap between a class's mean probability and frequency.
+
+    Args:
+        probabilities: (N, K), rows sum to 1.
+        labels: (N,) class indices.
+        ranges: R of each class.
+        weights: (N,), not negative; equal when left out.
+
+    Raises:
+        ValueError: if rows are not probabilities or no item has weight.
 
     Source: Nixon et al. 2019.
     """
@@ -180,14 +210,34 @@ def _range_sums(scores: Tensor, residuals: Tensor, shares: Tensor, ranges: int) 
 def negative_log_likelihood(
     probabilities: Tensor, labels: Tensor, weights: Tensor | None = None
 ) -> float:
-    """Mean of -log of the probability given to the label; at most 87.3 per item."""
+    """Mean of -log of the probability given to the label; at most 87.3 per item.
+
+    Args:
+        probabilities: (N, K), rows sum to 1.
+        labels: (N,) class indices.
+        weights: (N,), not negative; equal when left out.
+
+    Raises:
+        ValueError: if rows are not probabilities or no item has weight.
+    """
     probabilities, labels, shares = _checked(probabilities, labels, weights)
     chosen = probabilities.gather(1, labels[:, None])[:, 0].clamp(min=_SMALLEST)
     return float(-(shares * chosen.log()).sum())
 
 
 def brier_score(probabilities: Tensor, labels: Tensor, weights: Tensor | None = None) -> float:
-    """Mean squared distance between probabilities and the one-hot label, from 0 to 2."""
+    """Mean squared distance between probabilities and the one-hot label, from 0 to 2.
+
+    Args:
+        probabilities: (N, K), rows sum to 1.
+        labels: (N,) class indices.
+        weights: (N,), not negative; equal when left out.
+
+    Raises:
+        ValueError: if rows are not probabilities or no item has weight.
+
+    Source: Brier 1950.
+    """
     probabilities, labels, shares = _checked(probabilities, labels, weights)
     chosen = probabilities.gather(1, labels[:, None])[:, 0]
     # Expanded so that no one-hot matrix is built.
@@ -198,6 +248,14 @@ def marginal_kl(
     probabilities: Tensor, target_prior: Tensor, weights: Tensor | None = None
 ) -> float:
     """Divergence KL(target prior ‖ mean prediction), 0 if every class is predicted as often as due.
+
+    Args:
+        probabilities: (N, K), rows sum to 1.
+        target_prior: (K,) with sum 1, of the items.
+        weights: (N,), not negative; equal when left out.
+
+    Raises:
+        ValueError: if rows are not probabilities or no item has weight.
 
     Source: Sanchez Aimar et al. 2023.
     """

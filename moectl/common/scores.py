@@ -27,7 +27,17 @@ def accuracy(predictions: Tensor, labels: Tensor, weights: Tensor | None = None)
 def topk_accuracy(
     scores: Tensor, labels: Tensor, k: int = 5, weights: Tensor | None = None
 ) -> float:
-    """Share of items whose label is among the k highest of their scores, (N, K)."""
+    """Share of items whose label is among the k highest scores, each counted by its weight.
+
+    Args:
+        scores: (N, K), higher is more likely.
+        labels: (N,) class indices.
+        k: at most; all classes where there are fewer.
+        weights: (N,), not negative; equal when left out.
+
+    Raises:
+        ValueError: if there is no item or no weight.
+    """
     highest = scores.topk(min(k, scores.shape[1]), dim=1).indices
     return _mean((highest == labels[:, None]).any(1), weights)
 
@@ -53,7 +63,19 @@ def prior_weights(labels: Tensor, prior: Tensor) -> Tensor:
 
 
 def confusion(predictions: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """Count items, (K, K): rows are true classes, columns predicted ones."""
+    """Count items by true and predicted class.
+
+    Args:
+        predictions: (N,) class indices.
+        labels: (N,) class indices.
+        classes: K.
+
+    Returns:
+        (K, K) counts on the CPU: rows are true classes, columns predicted ones.
+
+    Raises:
+        ValueError: if an index is not from 0 to K - 1.
+    """
     for name, indices in (("predictions", predictions), ("labels", labels)):
         if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < classes:
             raise ValueError(f"{name} must be class indices from 0 to {classes - 1}")
@@ -62,14 +84,31 @@ def confusion(predictions: Tensor, labels: Tensor, classes: int) -> Tensor:
 
 
 def per_class_accuracy(predictions: Tensor, labels: Tensor, classes: int) -> list[float | None]:
-    """Share of each class's items predicted right; None for a class without items."""
+    """Share of each class's items predicted right; None for a class without items.
+
+    Args:
+        predictions: (N,) class indices.
+        labels: (N,) class indices.
+        classes: K, the length of the result.
+    """
     counts = torch.bincount(labels, minlength=classes).tolist()
     hits = torch.bincount(labels[predictions == labels], minlength=classes).tolist()
     return [hit / count if count else None for hit, count in zip(hits, counts, strict=True)]
 
 
 def balanced_accuracy(predictions: Tensor, labels: Tensor, classes: int) -> float:
-    """Mean of the accuracies of those classes that have items."""
+    """Mean of the accuracies of those classes that have items.
+
+    Args:
+        predictions: (N,) class indices.
+        labels: (N,) class indices.
+        classes: K.
+
+    Raises:
+        ValueError: if there is no item.
+
+    Source: Brodersen et al. 2010.
+    """
     mean = _mean_known(per_class_accuracy(predictions, labels, classes))
     if mean is None:
         raise ValueError("balanced accuracy needs at least one item")

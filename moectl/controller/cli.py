@@ -7,7 +7,8 @@ import typer
 
 from moectl.controller.settings import ControllerSettings
 from moectl.engine import console
-from moectl.engine.command import Request, command, open_run
+from moectl.engine.command import Request, command, open_run, show_run
+from moectl.engine.files import require_folder
 
 
 def _size(settings: Any) -> dict[str, Any]:
@@ -37,7 +38,7 @@ def toy(request: Request) -> None:
 
     with open_run(request) as run:
         train_toy(run.settings, run)
-    console.result({**run.record, "folder": str(run.folder)}, str(run.folder))
+    show_run(run)
 
 
 @command(
@@ -68,7 +69,7 @@ def grpo(request: Request) -> None:
 
     with open_run(request) as run:
         train(run.settings, run)
-    console.result({**run.record, "folder": str(run.folder)}, str(run.folder))
+    show_run(run)
 
 
 @command(
@@ -130,12 +131,13 @@ def infer(  # noqa: PLR0913 - the options of a command
 ) -> None:
     """Answer a question within a budget."""
     from moectl.controller.answers import shown, shown_all, summary
-    from moectl.controller.infer import Choice, run_infer
-    from moectl.controller.questions import questions_of
+    from moectl.controller.questions import Choice, questions_of
 
     asked = questions_of(image, prompt, budget, questions)
     by = "plan" if plan and policy != "lut" else policy
     choice = Choice(by, plan, target_violation or (_GUARD_TARGET if guard else 0.0))
+    from moectl.controller.infer import run_infer  # heavy: only once all this is right
+
     found = run_infer(request, asked, choice, compare=compare)
     if questions is None and len(found) == 1:
         console.result(found[0], shown(found[0]))
@@ -150,6 +152,7 @@ def convert(
     out: Annotated[Path, typer.Argument(help="Folder to write; new, or empty.")],
 ) -> None:
     """Bring a checkpoint of MolmoE into a folder of safetensors."""
+    require_folder(source)
     from moectl.controller.molmoe_convert import convert as run_convert
 
     document = run_convert(source, out)

@@ -6,7 +6,6 @@ Letters: N questions.
 import hashlib
 import json
 import logging
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,14 +38,15 @@ from moectl.controller.rivals import (
 from moectl.controller.rollout import Player
 from moectl.controller.samples import shuffled
 from moectl.controller.settings import Policy
-from moectl.controller.timing import Clock, median_ms
+from moectl.controller.timing import Clock, median_ms, open_clock
 from moectl.controller.weights import open_policy, require_space
-from moectl.controller.world import World, full_latency, open_world
+from moectl.controller.world import World, full_latency, open_world, warn_outside
 from moectl.engine import console
 from moectl.engine.command import Request
+from moectl.engine.environment import device_name
 from moectl.engine.errors import UserError
-from moectl.engine.launch import build_accelerator
-from moectl.engine.references import find_weights, split_reference
+from moectl.engine.opened import Trained, accelerator_for
+from moectl.engine.references import exact, find_weights
 from moectl.engine.run import read_record
 
 log = logging.getLogger(__name__)
@@ -56,15 +56,9 @@ _BUDGETS = 8  # over the range that was trained for
 
 
 @dataclass(frozen=True)
-class Opened:
+class Opened(Trained):
     """A trained controller, and the questions that it is measured on."""
 
-    settings: Any
-    folder: Path
-    """Of the run."""
-    tag: str
-    """Of the weights, for names of files."""
-    weights: dict[str, Any]
     world: World
     kept: Kept
     """Answers."""
@@ -72,11 +66,6 @@ class Opened:
     scene: Scene
     free: Pricing
     """Prices of policies that do not run the controller."""
-
-    @property
-    def device(self) -> torch.device:
-        """On which plans are chosen and questions answered."""
-        return next(self.player.policy.parameters()).device
 
 
 def run_eval(request: Request) -> tuple[dict[str, Any], str]:
@@ -113,13 +102,10 @@ def open_trained(request: Request) -> Opened:
         UserError: if they do not fit the network, or several processes were started.
     """
     settings: Any = request.settings
-    reference = request.run
-    if not split_reference(reference)[1] and not Path(reference).is_file():
-        reference = f"{request.folder}@best"
-    path = find_weights(reference, "controller")
+    path = find_weights(exact(request.run, request.folder), "controller")
     policy, facts = open_policy(path)
     record = read_record(path.parent)
-    accelerator = build_accelerator(settings.train, request.cpu, str(record["precision"]))
+    accelerator = accelerator_for(settings.train, request.cpu, path.parent)
     if accelerator.num_processes > 1:
         raise UserError(
             "controller eval runs in one process: several would disturb each other's times",
@@ -139,6 +125,8 @@ def open_trained(request: Request) -> Opened:
     player = Player(policy, kept, world.pricing, trained.fixed)
     return Opened(
         settings=settings,
+        accelerator=accelerator,
+        facts=facts,
         folder=path.parent,
         tag=path.stem,
         weights={"file": path.name, "sha256": facts["sha256"], "epoch": facts["epoch"]},
@@ -155,7 +143,7 @@ def _unfinished(folder: Path, settings: Any, world: World, accelerator: Accelera
     parts = [
         settings.backbone.model_dump(mode="json"),
         settings.latency.model_dump(mode="json"),
-        [world.facts["model"], _device_name(accelerator.device), world.splits[SPLIT].ids],
+        [world.facts["model"], device_name(accelerator.device), world.splits[SPLIT].ids],
     ]
     digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
     return folder / f"evals/unfinished-{digest}.jsonl"
@@ -213,12 +201,7 @@ def budgets_of(opened: Opened) -> list[float]:
     if not found:
         step = (high - low) / (_BUDGETS - 1)
         found = [float(f"{low + number * step:.3g}") for number in range(_BUDGETS)]
-    outside = [budget for budget in found if not low * 0.99 <= budget <= high * 1.01]
-    if outside:
-        log.warning(
-            "budget %g is outside of what the controller was trained for: %.4g to %.4g %s",
-            outside[0], low, high, opened.world.pricing.unit,
-        )  # fmt: skip
+    warn_outside(found, (low, high), opened.world.pricing.unit)
     return sorted(set(found))
 
 
@@ -231,6 +214,7 @@ def evaluate(
         Plain values, and what came of each question.
     """
     world, settings = opened.world, opened.settings
+    clock = open_clock(opened.accelerator.device, settings.latency.clock)
     outcomes = _outcomes(opened, policies, budgets)
     groups: dict[str, list[int]] = {}
     for row, name in enumerate(opened.scene.ids):
@@ -243,11 +227,11 @@ def evaluate(
         "split": SPLIT,
         "unit": world.pricing.unit,
         "latency": settings.latency.model_dump(),
-        "device": _device_name(opened.device),
+        "device": device_name(opened.accelerator.device),
         "tables": world.facts["tables"],
         "trained_for": list(world.budgets),
         "full_latency": full,
-        "choice_ms": _choice_ms(opened, budgets[0]),
+        "choice_ms": decide_ms(opened, clock, budgets[0]),
         "controller_ms": world.pricing.controller_ms,
         "policies": list(policies),
         "budgets": list(budgets),
@@ -277,16 +261,10 @@ def evaluate(
     return document, outcomes
 
 
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return platform.processor() or platform.machine()
-
-
-def _choice_ms(opened: Opened, budget: float) -> float:
+def decide_ms(opened: Opened, clock: Clock, budget: float) -> float:
     """Return how long it takes to choose one plan, features at hand."""
     row, budgets = torch.arange(1), torch.full((1,), budget)
-    return median_ms(Clock(opened.device), lambda: opened.player.decide(row, budgets))
+    return median_ms(clock, lambda: opened.player.decide(row, budgets))
 
 
 def _outcomes(opened: Opened, policies: Sequence[Policy], budgets: Sequence[float]) -> Outcomes:

@@ -7,9 +7,9 @@ looked at it.
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -21,7 +21,7 @@ from moectl.controller.latency import margin
 from moectl.controller.open import open_backbone
 from moectl.controller.plans import Plan, plan_from
 from moectl.controller.policy import decide, plans
-from moectl.controller.questions import Question
+from moectl.controller.questions import Choice, Question
 from moectl.controller.records import unit_of
 from moectl.controller.timing import Clock, open_clock
 from moectl.controller.weights import open_policy, require_space
@@ -33,35 +33,19 @@ from moectl.controller.world import (
     importance_of,
     pinned,
     read_tables,
+    warn_outside,
 )
 from moectl.engine import console
 from moectl.engine.command import Request
 from moectl.engine.errors import UserError
-from moectl.engine.files import is_file, read_json
+from moectl.engine.files import read_json
 from moectl.engine.images import read_image
-from moectl.engine.references import find_weights, split_reference
+from moectl.engine.references import exact, find_weights
 from moectl.engine.run import read_record
 
 log = logging.getLogger(__name__)
 
 _PROFILE = "--tables of a run of moectl controller profile"
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What chooses the plans."""
-
-    by: Literal["controller", "lut", "plan"]
-    plan: Path | None = None
-    """A file with the plan of all answers."""
-    target: float = 0.0
-    """Share of budgets that the guard may miss; 0 for no guard."""
-
-    def __post_init__(self) -> None:
-        if self.by == "lut" and self.plan is not None:
-            raise UserError(
-                f"--policy lut and --plan {self.plan}: both choose the plan", "give one of them"
-            )
 
 
 class _Asked:
@@ -175,10 +159,8 @@ class Answerer:
         if choice.by == "lut":
             assert table is not None, "checked when tables were read"
             return lambda asked: table.plan(table.best(asked.question.budget), space, self.order)
-        name, tag = split_reference(request.run)
-        path = Path(name) if is_file(Path(name)) else None
-        # A run that failed early has neither weights nor a unit.
-        path = path or find_weights(f"{request.folder}@{tag or 'best'}", request.room)
+        # Before the unit: a run that failed early has neither weights nor that.
+        path = find_weights(exact(request.run, request.folder), request.room)
         if (unit := world["unit"]) != self.unit:
             raise UserError(
                 f"{request.folder}: was trained for budgets in {unit}, not {self.unit}: another"
@@ -329,7 +311,9 @@ def run_infer(
         compare: answer by the full plan as well.
     """
     answerer = Answerer(request, choice)
-    _warn(answerer, questions)
+    if limits := answerer.limits:
+        budgets = [question.budget for question in questions]
+        warn_outside(budgets, (limits[0], limits[1]), answerer.unit)
     for _ in range(answerer.latency.warmup):
         answerer.answer(questions[0], compare=compare, most=2)  # first calls are slow
     found = []
@@ -338,13 +322,3 @@ def run_infer(
             found.append(answerer.answer(question, compare=compare))
             bar.update(number, "")
     return found
-
-
-def _warn(answerer: Answerer, questions: Sequence[Question]) -> None:
-    limits = answerer.limits
-    for budget in sorted({question.budget for question in questions}):
-        if limits and not limits[0] * 0.99 <= budget <= limits[1] * 1.01:
-            log.warning(
-                "budget %g is outside of what the controller was trained for: %.4g to %.4g %s",
-                budget, *limits, answerer.unit,
-            )  # fmt: skip

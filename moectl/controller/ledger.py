@@ -50,6 +50,7 @@ class Ledger:
         self.tally = Tally()
         self.executions = Executions(loop.run.folder / EXECUTIONS)
         self._warned = False
+        loop.says_epochs = False  # what the ledger says of an epoch is more
 
     def record(self, step: Step, objective: Objective) -> None:
         """Count and write the executions of a step, those of all processes."""

@@ -40,6 +40,7 @@ def open_backbone(
     Raises:
         UserError: if there is no such network, or it is of a family that is not known.
     """
+    check_network(model)
     device = torch.device(device)
     if dtype == "auto" and device.type == "cpu":
         dtype = "float32"
@@ -56,11 +57,31 @@ def open_backbone(
             saved = "bfloat16" if dtype == "auto" else dtype
             return open_molmoe(folder, device, getattr(torch, saved), experts)
         return _native(str(folder), model, device, dtype, experts)
-    if not _NAME.fullmatch(model):
-        raise UserError(f"{model}: no such network", _HINT)
     if not offline():
         log.warning("fetching %s from the hub, if it is not kept already", model)
     return _native(model, model, device, dtype, experts)
+
+
+def check_network(model: str) -> None:
+    """Refuse what cannot be the name of a network; nothing of it is loaded or fetched.
+
+    Args:
+        model: see `open_backbone`.
+
+    Raises:
+        UserError: if there is no such folder nor such a name, or the folder says that it holds a
+            network of a family that is not known.
+    """
+    folder = Path(model).expanduser()
+    if model in tiny.SIZES or is_file(folder / FACTS):
+        return
+    if is_file(folder / "config.json"):
+        values = read_json(folder / "config.json")
+        kind = values.get("model_type", FAMILIES[0]) if isinstance(values, dict) else None
+        if kind not in FAMILIES:
+            raise UserError(f"{model}: a network of the family {kind}", _HINT)
+    elif not _NAME.fullmatch(model):
+        raise UserError(f"{model}: no such network", _HINT)
 
 
 def _small(

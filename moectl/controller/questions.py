@@ -1,10 +1,11 @@
-"""Questions of the command line, or of a file, each with its budget."""
+"""What the command line asks: questions, each with its budget, and who chooses the plans."""
 
 import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from moectl.engine.errors import UserError
 from moectl.engine.files import is_file
@@ -17,6 +18,27 @@ class Question:
     image: Path
     question: str
     budget: float
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What chooses the plans.
+
+    Raises:
+        UserError: if two things are to.
+    """
+
+    by: Literal["controller", "lut", "plan"]
+    plan: Path | None = None
+    """A file with the plan of all answers."""
+    target: float = 0.0
+    """Share of budgets that the guard may miss; 0 for no guard."""
+
+    def __post_init__(self) -> None:
+        if self.by == "lut" and self.plan is not None:
+            raise UserError(
+                f"--policy lut and --plan {self.plan}: both choose the plan", "give one of them"
+            )
 
 
 def read_questions(path: Path, budgets: Sequence[float]) -> Iterator[Question]:

@@ -145,5 +145,14 @@ def repeat(scores: Scores, group: int) -> Scores:
 
 
 def features_of(features: Features, rows: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the features of some questions, on a device."""
+    """Return the features of some questions.
+
+    Args:
+        features: of N questions, see `environment.Features`.
+        rows: (B,) indices of questions, 0 to N - 1.
+        device: for the result.
+
+    Returns:
+        Vision and text, each with B as its first dimension.
+    """
     return features.vision[rows].to(device), features.text[rows].to(device)

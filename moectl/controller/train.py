@@ -113,7 +113,18 @@ def _reference(run: Run[ControllerSettings]) -> Policy:
 def draw_budgets(
     seed: int, epoch: int, ids: Sequence[str], limits: tuple[float, float], purpose: str
 ) -> Tensor:
-    """Return the budget of each question in an epoch: uniform, and a function of these alone."""
+    """Draw the budget of each question in an epoch, a function of the arguments alone.
+
+    Args:
+        seed: of the run.
+        epoch: counted from 1 in training, 0 for validation.
+        ids: of B questions; neither their order nor their company matters.
+        limits: lowest and highest budget, between which all are equally probable.
+        purpose: keeps draws for different ends apart.
+
+    Returns:
+        (B,) float32.
+    """
     low, high = limits
     drawn = []
     for name in ids:

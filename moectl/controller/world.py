@@ -92,10 +92,12 @@ def _open_real(
 ) -> tuple[dict[str, Environment], dict[str, Any]]:
     from moectl.controller.data import load, load_test
     from moectl.controller.executor import Executor
-    from moectl.controller.open import open_backbone
+    from moectl.controller.open import check_network, open_backbone
     from moectl.controller.timing import open_clock
 
+    clock = open_clock(device, settings.latency.clock)
     model = find_model(settings.backbone.model)
+    check_network(model)
     seed = settings.train.seed
     samples, facts = {}, {}
     if set(splits) & {"train", "val"}:
@@ -109,7 +111,6 @@ def _open_real(
         dtype=settings.backbone.dtype,
         experts=settings.backbone.experts,
     )
-    clock = open_clock(device, settings.latency.clock)
     options = {
         "max_new_tokens": settings.backbone.max_new_tokens,
         "repeats": settings.latency.repeats,
@@ -370,3 +371,20 @@ def full_latency(pricing: Pricing, environment: Environment) -> float:
     plan = environment.space.full
     rows = range(min(_FULL_SAMPLES, len(environment.ids)))
     return statistics.median(pricing.latency(plan, environment.execute(row, plan)) for row in rows)
+
+
+def warn_outside(budgets: Sequence[float], limits: tuple[float, float], unit: str) -> None:
+    """Warn of each budget that a controller knows nothing about.
+
+    Args:
+        budgets: in any order.
+        limits: smallest and largest that it was trained for.
+        unit: of all of them.
+    """
+    low, high = limits
+    for budget in sorted(set(budgets)):
+        if not low * 0.99 <= budget <= high * 1.01:
+            log.warning(
+                "budget %g is outside of what the controller was trained for: %.4g to %.4g %s",
+                budget, low, high, unit,
+            )  # fmt: skip

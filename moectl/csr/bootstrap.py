@@ -20,7 +20,19 @@ Interval = list[float] | None
 
 
 def draw(images: int, draws: int = 1000, seed: int = 0) -> Counts:
-    """Draw as many images as there are, with replacement: (R, N)."""
+    """Draw as many images as there are, with replacement.
+
+    Args:
+        images: N.
+        draws: R.
+        seed: of all draws.
+
+    Returns:
+        (R, N), how often each draw holds each image; rows sum to N.
+
+    Raises:
+        ValueError: if there is no image.
+    """
     if images < 1:
         raise ValueError("at least one image expected to draw from")
     generator = np.random.default_rng(seed)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from moectl.engine.figure import INK, PALETTE, new_axes, new_figure, write_names, write_png
+from moectl.engine.plot import known_points
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -71,7 +72,7 @@ class Table(NamedTuple):
 def best_epoch(stage: str, rows: Rows) -> int | None:
     """Return the first epoch with the largest of the scores that choose the weights of a stage."""
     for column in _CHOOSES[stage]:
-        epochs, values = _curve(rows, column)
+        epochs, values = known_points(rows, column)
         if values:
             return int(epochs[values.index(max(values))])
     return None
@@ -109,7 +110,7 @@ def _draw_panel(axes: "Axes", rows: Rows, curves: Mapping[str, str], epoch: int 
 
     handles: dict[str, Any] = {}
     for (name, column), color in zip(curves.items(), PALETTE, strict=False):
-        epochs, values = _curve(rows, column)
+        epochs, values = known_points(rows, column)
         if values:
             few = "o" if len(values) <= 20 else ""  # a single point has no line to be seen
             (line,) = axes.plot(
@@ -124,14 +125,6 @@ def _draw_panel(axes: "Axes", rows: Rows, curves: Mapping[str, str], epoch: int 
         words = [""] * len(handles)
         legend = axes.legend(list(handles.values()), words, fontsize=8, frameon=False)
         write_names(legend, list(handles))
-
-
-def _curve(rows: Rows, column: str) -> tuple[list[float], list[float]]:
-    """Return epochs and values of a column where both are known."""
-    cells = [(row.get("epoch") or "nan", row.get(column) or "nan") for row in rows]
-    numbers = [(float(epoch), float(value)) for epoch, value in cells]
-    known = [pair for pair in numbers if all(map(math.isfinite, pair))]
-    return [epoch for epoch, _ in known], [value for _, value in known]
 
 
 # Tables

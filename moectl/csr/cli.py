@@ -8,7 +8,7 @@ import typer
 
 from moectl.csr.settings import CsrSettings
 from moectl.engine import console
-from moectl.engine.command import Request, command, open_run
+from moectl.engine.command import Request, command, open_run, show_run
 from moectl.engine.errors import RunFailed, UserError
 
 
@@ -58,7 +58,7 @@ def train(
         if run.resuming and stage is None:
             stages = run.record.get("stages", stages)
         run_training(run.settings, run, stages, start)
-    console.result({**run.record, "folder": str(run.folder)}, str(run.folder))
+    show_run(run)
 
 
 @command(CsrSettings, ("eval",), train=False, reads=("train", "convert"), alias="--checkpoint")
@@ -276,4 +276,4 @@ def convert(
     original = read_original(weights, settings)
     with open_run(replace(request, settings=original.settings)) as run:
         document = write_original(original, run)
-    console.result({**run.record, **document, "folder": str(run.folder)}, str(run.folder))
+    show_run(run, **document)

@@ -25,9 +25,8 @@ from moectl.engine.command import Request
 from moectl.engine.errors import UserError
 from moectl.engine.files import is_file
 from moectl.engine.inference import predict
-from moectl.engine.launch import build_accelerator
-from moectl.engine.references import find_weights, split_reference
-from moectl.engine.run import read_record
+from moectl.engine.opened import Trained, accelerator_for, summary
+from moectl.engine.references import exact, find_weights, split_reference
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -54,21 +53,12 @@ class Answers:
 
 
 @dataclass(frozen=True)
-class Opened:
+class Opened(Trained):
     """A trained network with what it needs to know about images."""
 
+    settings: CsrSettings
     model: CSRNet
     """In evaluation mode, on the accelerator's device."""
-    settings: CsrSettings
-    accelerator: "Accelerator"
-    facts: dict[str, Any]
-    """The sidecar of the weights."""
-    weights: dict[str, Any]
-    """`file`, `sha256` and `epoch`."""
-    folder: Path
-    """Of the run."""
-    tag: str
-    """Of the weights, for names of files."""
 
     @property
     def concepts(self) -> list[str]:
@@ -301,22 +291,22 @@ def open_network(request: Request, *, verdict: bool = False) -> Opened:
     """
     settings: Any = request.settings
     assert request.folder is not None
-    plain = split_reference(request.run)[1] in ("", "best") and not is_file(Path(request.run))
-    path = last_stage(request.folder) if plain else find_weights(request.run, "csr")
+    reference = exact(request.run, request.folder)
+    of_run = split_reference(reference)[1] == "best" and not is_file(Path(reference))
+    path = last_stage(request.folder) if of_run else find_weights(reference, "csr")
     weights = artefact.load(path)
     model = rebuild(weights)
     if verdict and (stage := weights.facts.get("stage")) != "task":
         raise UserError(
             f"{path}: of stage {stage}, so there is no verdict yet", "moectl csr train --stage task"
         )
-    precision = str(read_record(path.parent)["precision"])
-    accelerator = build_accelerator(settings.train, request.cpu, precision)
+    accelerator = accelerator_for(settings.train, request.cpu, path.parent)
     return Opened(
         model=model.to(accelerator.device).eval(),
         settings=settings,
         accelerator=accelerator,
         facts=weights.facts,
-        weights={"file": path.name, "sha256": weights.sha256, "epoch": weights.facts["epoch"]},
+        weights=summary(weights),
         folder=path.parent,
         tag=path.stem,
     )

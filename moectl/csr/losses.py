@@ -51,6 +51,9 @@ def pos_weights(positives: Tensor, count: int, cap: float = 20.0) -> Tensor:
         positives: (K,) positives among the training images.
         count: training images.
         cap: 13 positives among 15,000 images would otherwise weigh 1153 times a negative.
+
+    Raises:
+        ValueError: if there is no image, or there are more positives than images.
     """
     if count < 1 or positives.min() < 0 or positives.max() > count:
         raise ValueError(f"between 0 and {count} positives expected, got {positives.tolist()}")
@@ -205,6 +208,12 @@ def localisation_loss(
         kind: "mse" takes squared distances of probabilities to 1 and 0; "hinge" asks for the sign
             of the logits only and grows with them.
         count: groups over which to average.
+
+    Returns:
+        A scalar.
+
+    Raises:
+        ValueError: if the kind is unknown.
     """
     cams = _wide(cams)
     match kind:
@@ -252,7 +261,18 @@ def present_pairs(vectors: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def cosines(vectors: Tensor, prototypes: Tensor) -> Tensor:
-    """Cosine of every vector (P, D) with every prototype (K, M, D): (P, K, M)."""
+    """Cosine of every vector with every prototype, in float32 or more under autocast as well.
+
+    Args:
+        vectors: (P, D), of any length.
+        prototypes: (K, M, D), of any length.
+
+    Returns:
+        (P, K, M).
+
+    Raises:
+        ValueError: if the shapes do not fit.
+    """
     if vectors.ndim != 2 or prototypes.ndim != 3 or vectors.shape[1] != prototypes.shape[2]:
         shapes = f"{tuple(vectors.shape)} and {tuple(prototypes.shape)}"
         raise ValueError(f"vectors (P, D) and prototypes (K, M, D) expected, got {shapes}")

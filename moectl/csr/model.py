@@ -7,13 +7,13 @@ is float32 at least, also under autocast.
 
 import math
 from collections.abc import Collection, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, NamedTuple, Self, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moectl.common.precision import without_autocast
 from moectl.csr.projector import Projector, build_projector
 
 ConceptPool = Literal["max", "avg", "lse"]
@@ -224,7 +224,7 @@ class CSRNet(nn.Module):
         """Average what each concept's map points at, (B, K, D)."""
         pooled = features if self.local_order == "pool_first" else projected
         assert pooled is not None
-        with _without_autocast(cams):
+        with without_autocast(cams.device.type):
             pooled = _wide(pooled)
             weights = cam_weights(cams).to(pooled)
             vectors = torch.einsum("bkhw,bfhw->bfk", weights, pooled)
@@ -279,7 +279,7 @@ class CSRNet(nn.Module):
 
     def classify(self, scores: Tensor) -> Tensor:
         """Map similarity scores (B, K, M) to logits (B, C)."""
-        with _without_autocast(scores):
+        with without_autocast(scores.device.type):
             return self.task_head(self.task_inputs(scores))
 
     @torch.no_grad()
@@ -291,15 +291,6 @@ class CSRNet(nn.Module):
         """
         self.task_mean.copy_(mean)
         self.task_std.copy_(torch.where(std > 1e-6, std, torch.ones_like(std)))
-
-    @torch.no_grad()
-    def fold_task_norm(self) -> None:
-        """Move the norm into the task head, which then weighs raw scores and says the same."""
-        said = self.kept.any(1) if self.task_input == "max" else self.kept.flatten()
-        self.task_head.weight.div_(self.task_std).mul_(said)
-        self.task_head.bias.sub_(self.task_head.weight @ self.task_mean)
-        self.task_mean.zero_()
-        self.task_std.fill_(1)
 
     def stage_parameters(self, stage: Stage) -> dict[str, list[nn.Parameter]]:
         """Return what a stage trains, by part: backbone, concept_head, projector, and so on."""
@@ -344,7 +335,7 @@ def similarity_maps(unit: Tensor, prototypes: Tensor) -> Tensor:
     Returns:
         (B, K, M, H, W) in -1 to 1.
     """
-    with _without_autocast(unit):
+    with without_autocast(unit.device.type):
         maps = F.conv2d(unit, prototypes.to(unit).flatten(0, 1)[:, :, None, None])
     return maps.clamp(-1, 1).reshape(-1, *prototypes.shape[:2], *unit.shape[2:])
 
@@ -374,9 +365,3 @@ def _check(name: str, value: object, options: Any) -> None:
     if value not in get_args(options):
         expected = ", ".join(repr(option) for option in get_args(options))
         raise ValueError(f"{name} = {value!r}: expected one of {expected}")
-
-
-def _without_autocast(x: Tensor) -> AbstractContextManager[object]:
-    if torch.amp.is_autocast_available(x.device.type):
-        return torch.autocast(x.device.type, enabled=False)
-    return nullcontext()  # the meta device knows no autocast

@@ -69,6 +69,9 @@ def initial(
         num_prototypes: M.
         how: "random" directions, a "sample" of each concept's vectors, or their "kmeans" centres.
         seed: of all draws.
+
+    Raises:
+        ValueError: if it is none of these.
     """
     if how not in ("random", "sample", "kmeans"):
         raise ValueError(f"start {how!r}: expected 'random', 'sample' or 'kmeans'")

@@ -2,10 +2,9 @@
 
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
-from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +18,9 @@ from moectl.diffusion.pictures import write_strip
 from moectl.diffusion.reference import Reference, check_reference, reference_of
 from moectl.diffusion.report import report
 from moectl.diffusion.sample import check
-from moectl.diffusion.settings import DiffusionSettings, ModelSection
+from moectl.diffusion.settings import DiffusionSettings
 from moectl.diffusion.train import train
-from moectl.diffusion.variants import VARIANTS, changed, changes
+from moectl.diffusion.variants import Changes, changed
 from moectl.engine.errors import Interrupted, RunFailed, UserError
 from moectl.engine.files import csv_text, is_file, write_json, write_text
 from moectl.engine.launch import agree
@@ -33,54 +32,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Changes = dict[str, Any]
-"""Values of the table `model`."""
-
 _RESULT = "result.json"
-
-
-def plan(
-    model: ModelSection, switched_off: Sequence[str], experts: str, active: str, *, every: bool
-) -> dict[str, Changes]:
-    """Return the variants by name, the network as it is first.
-
-    Args:
-        model: of the settings.
-        switched_off: fields of it that are off in every variant: moe, freq, dsconv.
-        experts: values of num_experts with commas; empty for that of the settings.
-        active: likewise values of k_active.
-        every: the named variants instead.
-
-    Raises:
-        UserError: if nothing is wanted, or a number is none.
-    """
-    if every:
-        if switched_off or experts or active:
-            raise UserError("--all goes with no other choice of variants")
-        return {name: changes(model, name) for name in VARIANTS}
-    off = dict.fromkeys(switched_off, False)
-    found: dict[str, Changes] = {"full": {}}
-    for count, chosen in product(_numbers(experts), _numbers(active)):
-        numbers = {"num_experts": count, "k_active": chosen}
-        own = off | {key: value for key, value in numbers.items() if value}
-        words = [f"no_{name}" for name in switched_off]
-        words += [f"experts{count}"] * bool(count) + [f"active{chosen}"] * bool(chosen)
-        if own:
-            found["+".join(words)] = own
-    if len(found) == 1:
-        raise UserError(
-            "nothing to compare with: no variant was named",
-            "--no-moe, --no-freq, --no-dsconv, --num-experts N, --k-active K, or --all",
-        )
-    return found
-
-
-def _numbers(text: str) -> list[int]:
-    """Read numbers with commas; 0 stands for none given."""
-    words = [word.strip() for word in text.split(",")] if text else ["0"]
-    if text and not all(word.isdecimal() and int(word) for word in words):
-        raise UserError(f"{text!r}: expected whole numbers from 1 on, with commas")
-    return [int(word) for word in words]
 
 
 def settings_of(settings: DiffusionSettings, own: Changes) -> DiffusionSettings:

@@ -7,7 +7,7 @@ import typer
 
 from moectl.diffusion.settings import DiffusionSettings
 from moectl.engine import console
-from moectl.engine.command import Request, command, open_run
+from moectl.engine.command import Request, command, open_run, show_run
 from moectl.engine.errors import RunFailed
 
 
@@ -32,7 +32,7 @@ def train(request: Request) -> None:
 
     with open_run(request) as run:
         run_training(run.settings, run)
-    console.result({**run.record, "folder": str(run.folder)}, str(run.folder))
+    show_run(run)
 
 
 @command(DiffusionSettings, ("sample",), train=False, reads=("train",), alias="--checkpoint")
@@ -83,9 +83,8 @@ def ablate(  # noqa: PLR0913 - the options of a command
     ] = False,
 ) -> None:
     """Train variants of the network on equals, and compare them."""
-    from moectl.diffusion.ablate import ablate as run_ablation
-    from moectl.diffusion.ablate import plan
     from moectl.diffusion.report import ablation_text
+    from moectl.diffusion.variants import plan
 
     settings: Any = request.settings
     switches = {"moe": no_moe, "freq": no_freq, "dsconv": no_dsconv}
@@ -94,6 +93,8 @@ def ablate(  # noqa: PLR0913 - the options of a command
     wanted = {}
     if named or not request.resume:
         wanted = plan(settings.model, off, num_experts, k_active, every=every)
+    from moectl.diffusion.ablate import ablate as run_ablation  # heavy: only once this is right
+
     with open_run(request) as run:
         document = run_ablation(run, wanted)
     console.result(document, ablation_text(document))

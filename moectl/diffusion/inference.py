@@ -20,9 +20,8 @@ from moectl.diffusion.solvers import generate
 from moectl.engine import artefact
 from moectl.engine.command import Request
 from moectl.engine.errors import UserError
-from moectl.engine.launch import build_accelerator
-from moectl.engine.references import find_weights
-from moectl.engine.run import read_record
+from moectl.engine.opened import Trained, accelerator_for, summary
+from moectl.engine.references import exact, find_weights
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -35,22 +34,13 @@ _FACTS = {"arguments", "process", "class_names", "image_size", "images", "digest
 
 
 @dataclass(frozen=True)
-class Opened:
-    """A trained network and how it was trained."""
+class Opened(Trained):
+    """A trained network and how it was trained; `weights` say whether they are the `ema`."""
 
+    settings: DiffusionSettings
     model: UNet
     """In evaluation mode, on the accelerator's device."""
     diffusion: GaussianDiffusion
-    settings: DiffusionSettings
-    accelerator: "Accelerator"
-    facts: dict[str, Any]
-    """The sidecar of the weights."""
-    weights: dict[str, Any]
-    """`file`, `sha256`, `epoch`, and whether they are the `ema`."""
-    folder: Path
-    """Of the run."""
-    tag: str
-    """Of the weights, for names of files."""
 
     @property
     def class_names(self) -> list[str]:
@@ -115,9 +105,9 @@ def open_network(request: Request) -> Opened:
         UserError: if they are no network's of this room.
     """
     settings: Any = request.settings
-    path = find_weights(request.run, "diffusion")
-    precision = str(read_record(path.parent)["precision"])
-    return open_weights(path, settings, build_accelerator(settings.train, request.cpu, precision))
+    path = find_weights(exact(request.run, request.folder, "last"), "diffusion")
+    accelerator = accelerator_for(settings.train, request.cpu, path.parent)
+    return open_weights(path, settings, accelerator)
 
 
 def open_weights(path: Path, settings: DiffusionSettings, accelerator: "Accelerator") -> Opened:
@@ -136,12 +126,7 @@ def open_weights(path: Path, settings: DiffusionSettings, accelerator: "Accelera
         settings=settings,
         accelerator=accelerator,
         facts=weights.facts,
-        weights={
-            "file": path.name,
-            "sha256": weights.sha256,
-            "epoch": weights.facts["epoch"],
-            "ema": ema,
-        },
+        weights={**summary(weights), "ema": ema},
         folder=path.parent,
         tag=f"{path.stem}{'' if ema else '_raw'}",
     )

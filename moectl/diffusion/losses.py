@@ -58,6 +58,12 @@ def variance_balance(logits: Tensor) -> Tensor:
     """Mean over images of the variance of an image's probabilities, as the original has it.
 
     It pushes every image to all experts alike, whatever their load. At most 1 / E.
+
+    Args:
+        logits: (B, E) of one block.
+
+    Returns:
+        A scalar.
     """
     experts = logits.shape[1]
     apart = logits.float().softmax(1) - 1 / experts

@@ -63,12 +63,31 @@ class GaussianDiffusion(nn.Module):
         return alphas.sqrt().to(like), (1 - alphas).sqrt().to(like)
 
     def add_noise(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """Return images (B, …) after steps (B,) with that noise."""
+        """Return noised images.
+
+        Args:
+            x0: (B, …) images.
+            t: (B,) steps, from 0 to T - 1.
+            noise: like x0.
+
+        Returns:
+            Like x0.
+
+        Source: Ho et al. 2020.
+        """
         signal, rest = self._at(t, x0)
         return signal * x0 + rest * noise
 
     def target(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """Return what the network should predict.
+
+        Args:
+            x0: (B, …) images.
+            t: (B,) steps.
+            noise: like x0.
+
+        Returns:
+            Like x0.
 
         Source: Salimans and Ho 2022 (v).
         """
@@ -78,14 +97,36 @@ class GaussianDiffusion(nn.Module):
         return signal * noise - rest * x0
 
     def clean(self, x: Tensor, t: Tensor, predicted: Tensor) -> Tensor:
-        """Return the image that a prediction for noised images x stands for."""
+        """Return the images that predictions stand for.
+
+        Args:
+            x: (B, …) noised images.
+            t: (B,) their steps.
+            predicted: like x.
+
+        Returns:
+            Like x.
+
+        Source: Ho et al. 2020; Salimans and Ho 2022 (v).
+        """
         signal, rest = self._at(t, x)
         if self.prediction == "epsilon":
             return (x - rest * predicted) / signal
         return signal * x - rest * predicted
 
     def noise(self, x: Tensor, t: Tensor, predicted: Tensor) -> Tensor:
-        """Return the noise that a prediction for noised images x stands for."""
+        """Return the noise that predictions stand for.
+
+        Args:
+            x: (B, …) noised images.
+            t: (B,) their steps.
+            predicted: like x.
+
+        Returns:
+            Like x.
+
+        Source: Salimans and Ho 2022 (v).
+        """
         if self.prediction == "epsilon":
             return predicted
         signal, rest = self._at(t, x)

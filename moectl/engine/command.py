@@ -310,3 +310,9 @@ def open_run(request: Request) -> Any:
         settings, accelerator, room=request.room, command=request.command,
         name=request.name, out=request.out, origin=request.origin,
     )  # fmt: skip
+
+
+def show_run(run: Any, **more: Any) -> None:
+    """Print the folder of a run that is done; as JSON its record, and more on top of that."""
+    document = {**run.record, **more, "folder": str(run.folder)}
+    console.result(document, str(run.folder))

@@ -43,6 +43,9 @@ class _StderrHandler(logging.Handler):
 def setup(*, quiet: bool = False, as_json: bool = False) -> None:
     """Route the log to stderr. Ranks other than 0 speak only to warn."""
     _state.update(json=as_json, quiet=quiet)
+    if not _moves():
+        for library in ("HF_HUB", "HF_DATASETS"):  # read as they are imported; others follow them
+            os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
     main = os.environ.get("RANK", "0") == "0"
     log.handlers = [_StderrHandler(logging.WARNING if quiet or not main else logging.INFO)]
     log.setLevel(logging.INFO)
@@ -141,12 +144,17 @@ class _Bar:
         self.bar.update(self.task, completed=done, words=text)
 
 
+def _moves() -> bool:
+    """Whether there is a reader for lines that move."""
+    return _talk.is_terminal and not _state["quiet"] and "CI" not in os.environ
+
+
 @contextmanager
 def progress(total: int, done: int = 0) -> Iterator[Progress]:
     """Show a bar on a terminal, a line every half minute elsewhere, nothing when quiet."""
     if _state["quiet"] or os.environ.get("RANK", "0") != "0":
         yield _Silent()
-    elif not _talk.is_terminal or "CI" in os.environ:
+    elif not _moves():
         yield _Lines(total)
     else:
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn

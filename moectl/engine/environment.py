@@ -7,6 +7,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
     from accelerate import Accelerator
 
 
@@ -18,7 +19,6 @@ def environment(accelerator: "Accelerator") -> dict[str, Any]:
 
     from moectl import __version__
 
-    cuda = accelerator.device.type == "cuda"
     return {
         "versions": {
             "moectl": __version__,
@@ -29,14 +29,21 @@ def environment(accelerator: "Accelerator") -> dict[str, Any]:
             "numpy": numpy.__version__,
         },
         "host": socket.gethostname(),
-        "device": torch.cuda.get_device_name()
-        if cuda
-        else platform.processor() or platform.machine(),
+        "device": device_name(accelerator.device),
         "processes": accelerator.num_processes,
         "threads": torch.get_num_threads(),
         "precision": accelerator.mixed_precision,
         "git": _git(),
     }
+
+
+def device_name(device: "torch.device") -> str:
+    """Return what a GPU, or the processor of this machine, is called."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return platform.processor() or platform.machine()
 
 
 def _git() -> dict[str, Any] | None:

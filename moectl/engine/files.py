@@ -91,3 +91,23 @@ def is_folder(path: Path) -> bool:
         return path.is_dir()
     except OSError:
         return False
+
+
+def require_file(path: Path) -> None:
+    """Refuse a file that is not there, before anything heavy is loaded to read it.
+
+    Raises:
+        UserError: if there is no such file.
+    """
+    if not is_file(path):
+        raise UserError(f"{path}: no such file")
+
+
+def require_folder(path: Path) -> None:
+    """Refuse a folder that is not there, likewise.
+
+    Raises:
+        UserError: if there is no such folder.
+    """
+    if not is_folder(path):
+        raise UserError(f"{path}: no such folder")

@@ -105,6 +105,7 @@ class Loop:
         self.stream = stream_of(len(source), train, self.accelerator, smallest)
         self.total_updates = train.epochs * self.stream.batches_per_epoch
         self.base_rates = [group["lr"] for group in optimizer.param_groups]
+        self.says_epochs = True
         self.module = model
         """The bare network, for evaluation and saving."""
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
@@ -313,10 +314,9 @@ class Loop:
             seconds = round(self.run.elapsed_seconds, 3)
             self.metrics.write({**place, "elapsed_seconds": seconds, **row})
             trackers.log({self._named(name): value for name, value in row.items()}, self.update)
-            if step.ends_epoch:
-                log.info(
-                    "epoch %d/%d  %s", self.epoch, self.settings.epochs, console.epoch_line(row)
-                )
+            if step.ends_epoch and self.says_epochs:
+                words = console.epoch_line(row)
+                log.info("epoch %d/%d  %s", self.epoch, self.settings.epochs, words)
 
     def _named(self, name: str) -> str:
         """Name of a value for trackers, where the stages of a run stand side by side."""

@@ -387,3 +387,11 @@ def _legend(axes: "Axes", handles: Sequence[Any], names: Sequence[str]) -> None:
 
 def _known(values: Values) -> list[float]:
     return [math.nan if value is None else value for value in values]
+
+
+def known_points(rows: Sequence[Mapping[str, str]], column: str) -> tuple[list[float], list[float]]:
+    """Return epochs and values of a column of a table of epochs where both are finite numbers."""
+    cells = [(row.get("epoch") or "nan", row.get(column) or "nan") for row in rows]
+    numbers = [(float(epoch), float(value)) for epoch, value in cells]
+    known = [pair for pair in numbers if all(map(math.isfinite, pair))]
+    return [epoch for epoch, _ in known], [value for _, value in known]

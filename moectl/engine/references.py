@@ -123,3 +123,26 @@ def newest_unfinished(room: str, name: str, command: str) -> Path | None:
         if same and unfinished and not stillborn:
             return folder
     return None
+
+
+def finished_runs(room: str, command: str) -> list[tuple[Path, dict[str, Any]]]:
+    """Return (folder, record) of the finished runs that a command made, newest first."""
+    return [
+        (folder, record)
+        for folder, record in all_runs(room)
+        if record.get("command") == command and record.get("status") == "finished"
+    ]
+
+
+def exact(reference: str, folder: Path | None = None, default: str = "best") -> str:
+    """Let a reference to a run say which of its weights are meant; one to a file does.
+
+    Args:
+        reference: to weights, see `find_weights`.
+        folder: of the run, where it is known already: `latest` alone does not say of which command.
+        default: `best`, `last` or an epoch, taken where the reference does not say.
+    """
+    if is_file(Path(reference)):
+        return reference
+    name, wanted = split_reference(reference)
+    return f"{folder or name}@{wanted or default}"

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from moectl.engine import console
-from moectl.engine.command import Request, command, open_run
+from moectl.engine.command import Request, command, open_run, show_run
 from moectl.engine.errors import RunFailed, UserError
 from moectl.taskmoe.settings import TaskmoeSettings
 
@@ -70,14 +70,25 @@ def _member(settings: Any) -> dict[str, Any]:
     return size.member(settings)
 
 
-@command(TaskmoeSettings, (*_TRAINED, "specialist"), train=True, size=_member, dropped=_DROPPED)
+@command(
+    TaskmoeSettings,
+    (*_TRAINED, "specialist"),
+    train=True,
+    size=_member,
+    dropped=_DROPPED,
+    without=(
+        "train.select_on",
+        "train.freeze_extractor_epochs",
+        "train.expert_analysis_interval",
+    ),
+)
 def specialist(request: Request) -> None:
     """Train one of the specialists."""
     from moectl.taskmoe.specialist import train_specialist
 
     with open_run(request) as run:
         train_specialist(run.settings, run)
-    console.result({**run.record, "folder": str(run.folder)}, str(run.folder))
+    show_run(run)
 
 
 @command(
@@ -137,7 +148,7 @@ def train(
     with open_run(request) as run:
         start = begin(run, merged, submodels_dir, load_model_path)
         run_training(run.settings, run, start, teachers(run.settings, start))
-    console.result({**run.record, "folder": str(run.folder)}, str(run.folder))
+    show_run(run)
 
 
 @command(

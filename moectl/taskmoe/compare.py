@@ -18,6 +18,7 @@ from moectl.engine.command import RESUMABLE, Request
 from moectl.engine.errors import UserError
 from moectl.engine.files import csv_text, is_file, write_json, write_text
 from moectl.engine.inference import predict
+from moectl.engine.references import finished_runs
 from moectl.engine.settings import dump, flatten, from_toml
 from moectl.engine.sources import Source
 from moectl.taskmoe.baselines import own_accuracy, routing, union_logits
@@ -29,7 +30,6 @@ from moectl.taskmoe.settings import TaskmoeSettings
 from moectl.taskmoe.stages import (
     MERGED,
     find_specialists,
-    finished,
     merged,
     merged_from,
 )
@@ -197,7 +197,7 @@ def _trained(opened: Opened) -> dict[str, Row]:
 
 def _scratch(opened: Opened) -> Row:
     wanted = _recipe(opened.settings, "merge.", "eval.", "specialist.")
-    for folder, record in finished("train"):
+    for folder, record in finished_runs("taskmoe", "train"):
         settings = from_toml(TaskmoeSettings, folder / "settings.toml")
         alike = _recipe(settings, "merge.", "eval.", "specialist.") == wanted
         if alike and not record.get("parents"):
@@ -213,7 +213,7 @@ def _dense(opened: Opened) -> Row:
     def recipe(settings: TaskmoeSettings) -> tuple[Any, ...]:
         return _recipe(settings, *own), settings.train.epochs, settings.train.batch_size
 
-    for folder, _ in finished("specialist"):
+    for folder, _ in finished_runs("taskmoe", "specialist"):
         settings = from_toml(TaskmoeSettings, folder / "settings.toml")
         alike = recipe(settings) == recipe(opened.settings)
         if alike and settings.specialist.number == 0:
@@ -256,7 +256,7 @@ def _seeds(opened: Opened) -> dict[str, Any]:
     """Return mean and deviation over all trainings that differ from this one in the seed alone."""
     wanted, origin = _recipe(opened.settings, "eval.", "specialist."), opened.folder / MERGED
     found: dict[int, float] = {}
-    for folder, record in finished("train"):
+    for folder, record in finished_runs("taskmoe", "train"):
         settings = from_toml(TaskmoeSettings, folder / "settings.toml")
         accuracy = record.get("scores", {}).get("best", {}).get("overall_accuracy")
         merged_alike = is_file(folder / MERGED) == is_file(origin)

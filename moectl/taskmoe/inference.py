@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,10 +11,11 @@ from torch import Tensor
 
 from moectl.engine.command import Request
 from moectl.engine.errors import UserError
+from moectl.engine.files import is_file
 from moectl.engine.inference import predict
 from moectl.engine.launch import build_accelerator
-from moectl.engine.references import all_runs, find_weights, split_reference
-from moectl.engine.run import read_record
+from moectl.engine.opened import Trained, accelerator_for, summary
+from moectl.engine.references import exact, find_weights, finished_runs, split_reference
 from moectl.engine.settings import dump, flatten, resolve
 from moectl.engine.sources import Source
 from moectl.taskmoe.analysis import Examined
@@ -26,34 +28,28 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-@dataclass
-class Opened:
-    """A trained mixture, and how to reach the data that it is measured on."""
+@dataclass(frozen=True)
+class Opened(Trained):
+    """A trained mixture, and how to reach the data that it is measured on.
 
+    Its tag is `best`, `last`, `epoch10` … or the name of the file.
+    """
+
+    settings: TaskmoeSettings
     model: MergedMoE
     """In evaluation mode, on the accelerator's device."""
-    settings: TaskmoeSettings
-    accelerator: "Accelerator"
-    facts: dict[str, Any]
-    """What rebuilds the model, and its classes."""
-    weights: dict[str, Any]
-    """`file`, `sha256` and `epoch`."""
-    folder: Path
-    """Where its results go: the run, or the folder of the file."""
-    tag: str
-    """`best`, `last`, `epoch10` … or the name of the file."""
     loaded: Data | None = None
 
-    @property
+    @cached_property
     def data(self) -> Data:
         """The task's data, normalised as in the training; loaded when it is first asked for.
 
         Raises:
             UserError: if it is not there, or has other classes than the weights.
         """
-        if self.loaded is None:
-            self.loaded = _data_of(self.settings, self.facts, self.weights["file"])
-        return self.loaded
+        if self.loaded is not None:
+            return self.loaded
+        return _data_of(self.settings, self.facts, self.weights["file"])
 
     def examine(self) -> Examined:
         """Return what the logits of the test images are made of."""
@@ -79,18 +75,16 @@ def open_mixture(
         UserError: if the weights are not those of a mixture, or not as the request describes them.
     """
     settings: Any = request.settings
-    reference = request.run
-    if checkpoint is None and not split_reference(reference)[1] and not Path(reference).is_file():
-        reference = f"{request.folder}@best"
+    reference = exact(request.run, request.folder)
     path = checkpoint or find_weights(reference, "taskmoe")
     weights = read_mixture(path, settings)
     facts = weights.facts
     settings = _as_trained(request, facts, path)
     if temperature is not None and not 0 < temperature < math.inf:
         raise UserError(f"--temperature {temperature}: expected a number above 0")
-    record = path.parent / "run.json"
-    precision = str(read_record(path.parent)["precision"]) if record.is_file() else ""
-    accelerator = accelerator or build_accelerator(settings.train, request.cpu, precision)
+    if accelerator is None and is_file(path.parent / "run.json"):
+        accelerator = accelerator_for(settings.train, request.cpu, path.parent)
+    accelerator = accelerator or build_accelerator(settings.train, request.cpu)
     model = rebuild(weights).to(accelerator.device).to(memory_format=torch.channels_last)
     if temperature is not None:
         model.temperature.fill_(temperature)
@@ -100,7 +94,7 @@ def open_mixture(
         settings=settings,
         accelerator=accelerator,
         facts=facts,
-        weights={"file": str(path), "sha256": weights.sha256, "epoch": facts.get("epoch", 0)},
+        weights={**summary(weights), "file": str(path)},
         folder=path.parent,
         tag=_tag(tag or path.stem, settings, facts, temperature),
     )
@@ -175,11 +169,10 @@ def for_task(request: Request, task: str) -> Request:
         if settings.data.task != task:
             raise UserError(f"{request.folder}: is of task {settings.data.task}, not {task}")
         return request
-    for folder, record in all_runs("taskmoe"):
-        if record.get("command") == "train" and record.get("status") == "finished":
-            own = _resolved(request, folder)
-            if own.data.task == task:
-                return replace(request, folder=folder, run=f"{folder}@best", settings=own)
+    for folder, _ in finished_runs("taskmoe", "train"):
+        own = _resolved(request, folder)
+        if own.data.task == task:
+            return replace(request, folder=folder, run=f"{folder}@best", settings=own)
     raise UserError(
         f"task {task}: no finished run of the training", f"moectl taskmoe train --task {task}"
     )

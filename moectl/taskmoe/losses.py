@@ -27,11 +27,18 @@ def top_shares(gates: Tensor) -> Tensor:
 def diversity_loss(gates: Tensor, kind: Diversity = "gini") -> Tensor:
     """Penalise gates that are shared among experts: 0 for one-hot gates, largest for equal ones.
 
-    "gini" is the sum of all products of two different gates, at most 1 - 1 / E; "entropy" is at
-    most log E.
+    Args:
+        gates: (B, E).
+        kind: "gini" is the sum of all products of two different gates, at most 1 - 1 / E; "entropy"
+            is at most log E.
 
     Returns:
         (B,), one value per image.
+
+    Raises:
+        ValueError: if the kind is unknown.
+
+    Source: Simpson 1949 (gini); Shannon 1948 (entropy).
     """
     if kind == "gini":
         return gates.sum(1).square() - gates.square().sum(1)
@@ -182,6 +189,9 @@ def moe_loss(  # noqa: PLR0913
     Returns:
         The scalar to minimise, and without gradient its terms before their weights, `loss_…`; those
         of weight 0 are left out, but never task, diversity and balance.
+
+    Raises:
+        ValueError: if a kind or the reduction is unknown, or distillation has no targets.
     """
     if distill_weight and targets is None:
         raise ValueError(f"distill_weight = {distill_weight} needs targets")
@@ -222,7 +232,20 @@ def gate_entropy(gates: Tensor) -> Tensor:
 def temperature_at(
     epoch: int, epochs: int, initial: float, final: float, schedule: Schedule = "cosine"
 ) -> float:
-    """Temperature of the gates in an epoch, counted from 0; `final` from epoch `epochs` on."""
+    """Temperature of the gates in an epoch.
+
+    Args:
+        epoch: counted from 0.
+        epochs: after how many the temperature is `final`, and stays so; at least 1.
+        initial: of epoch 0.
+        final: not that of "constant", which stays at `initial`.
+        schedule: how it falls.
+
+    Raises:
+        ValueError: if the schedule is unknown.
+
+    Source: Loshchilov and Hutter 2017 (cosine).
+    """
     progress = min(epoch / epochs, 1.0)
     match schedule:
         case "cosine":

@@ -5,12 +5,14 @@ Letters: B batch, E experts, C classes, D features of an expert, G gating featur
 
 import copy
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from moectl.common.arithmetic import traced_outputs
+from moectl.common.precision import without_autocast
 
 LAYERS: Mapping[str, int] = {"conv1": 0, "residual1": 1, "residual2": 3, "conv2": 5}
 """Place of a specialist's layer in the mixture; a max pool follows both residual blocks."""
@@ -130,7 +132,7 @@ class Specialist(nn.Module):
         x = F.max_pool2d(self.residual1(self.conv1(images)), 2)
         x = F.max_pool2d(self.residual2(x), 2)
         x = self.conv3(self.conv2(x))
-        with _without_autocast(x):
+        with without_autocast(x.device.type):
             return self.classifier(x)
 
 
@@ -277,7 +279,7 @@ class MergedMoE(nn.Module):
         replaced, say by zeros, with `parts._replace`.
         """
         gates = gates.expand_as(parts.gate_logits).to(parts.expert_features)
-        with _without_autocast(gates):
+        with without_autocast(gates.device.type):
             if self.combine == "features":
                 mixed = torch.einsum("be,bed->bd", gates, parts.expert_features)
                 return self.classifier(torch.cat([mixed, parts.gating_features], 1))
@@ -291,7 +293,7 @@ class MergedMoE(nn.Module):
             (B, C); and the bias, (C,), which is 0 where every expert has a head.
         """
         experts, gating = parts.expert_features, parts.gating_features
-        with _without_autocast(gating):
+        with without_autocast(gating.device.type):
             if self.combine == "features":
                 weight, features = self.classifier.weight, experts.shape[2]
                 by_pass = gating @ weight[:, features:].T
@@ -308,7 +310,7 @@ class MergedMoE(nn.Module):
 
     def _gate(self, trunk: Tensor) -> tuple[Tensor, Tensor]:
         """Return gate logits (B, E) and gating features (B, G)."""
-        with _without_autocast(trunk):
+        with without_autocast(trunk.device.type):
             gate_logits, features = self.gating_network(_mean(trunk))
         ones = features.new_ones(len(features), 1)
         return gate_logits, features * F.dropout(ones, self.gating_feature_dropout, self.training)
@@ -359,12 +361,6 @@ def _initialise(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-def _without_autocast(x: Tensor) -> AbstractContextManager[object]:
-    if torch.amp.is_autocast_available(x.device.type):
-        return torch.autocast(x.device.type, enabled=False)
-    return nullcontext()  # the meta device knows no autocast
-
-
 def load_original(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename the weights of a public checkpoint for `MergedMoE`; its temperature was always 2."""
     # The two other names are those of checkpoints that mix logits.
@@ -380,21 +376,16 @@ def load_original(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def multiply_adds(model: nn.Module, size: int) -> dict[str, int]:
     """Count the multiply-adds for one image of `size` x `size` pixels, by part of the network.
 
-    A copy without storage is traced; all experts are counted, even if `top_k` lets some rest.
+    All experts are counted, even if `top_k` lets some rest.
     """
     counts = {name: 0 for name, _ in model.named_children()}
-    traced = copy.deepcopy(model).to("meta").eval()
-    if isinstance(traced, MergedMoE):
-        traced.top_k = 0
-    for part, child in traced.named_children():
+    whole = copy.copy(model)
+    if isinstance(whole, MergedMoE):
+        whole.top_k = 0
 
-        def count(module: nn.Module, _inputs: object, output: Tensor, part: str = part) -> None:
-            assert isinstance(module, nn.Conv2d | nn.Linear)
-            counts[part] += output.numel() * module.weight[0].numel()
+    def count(name: str, module: nn.Module, output: Tensor) -> None:
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            counts[name.partition(".")[0]] += output.numel() * module.weight[0].numel()
 
-        for module in child.modules():
-            if isinstance(module, nn.Conv2d | nn.Linear):
-                module.register_forward_hook(count)
-    with torch.no_grad():
-        traced(torch.zeros(1, 3, size, size, device="meta"))
+    traced_outputs(whole, size, count)
     return counts

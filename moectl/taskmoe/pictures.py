@@ -20,6 +20,7 @@ from moectl.engine.figure import (
     write_names,
     write_png,
 )
+from moectl.engine.plot import known_points
 from moectl.taskmoe.heat_maps import shortened
 
 if TYPE_CHECKING:
@@ -81,24 +82,16 @@ def learning_curve(
         axes.xaxis.set_major_locator(locator)
         for color, part in enumerate(("train", "val")):
             name = {"train": "training", "val": "validation"}[part]
-            curve = _curve(rows, f"{part}/{quantity}")
+            curve = known_points(rows, f"{part}/{quantity}")
             drawn |= _draw_smoothed(axes, name, curve, PALETTE[color])
         if quantity == "accuracy":
-            drawn |= _draw_temperature(axes, _curve(rows, "temperature"))
+            drawn |= _draw_temperature(axes, known_points(rows, "temperature"))
     if best_epoch is not None:
         style: dict[str, Any] = {"color": INK, "linestyle": "--", "linewidth": 1, "zorder": 1}
         lines = [axes.axvline(best_epoch, **style) for axes in figure.axes[:2]]
         drawn[f"best epoch {best_epoch}"] = lines[0]
     figure.legend(list(drawn.values()), list(drawn), loc="outside lower center", ncols=4, **_PLAIN)
     write_png(figure, path)
-
-
-def _curve(rows: Sequence[Mapping[str, str]], column: str) -> tuple[list[float], list[float]]:
-    """Return epochs and values of a column where both are known."""
-    cells = [(row.get("epoch") or "nan", row.get(column) or "nan") for row in rows]
-    numbers = [(float(epoch), float(value)) for epoch, value in cells]
-    known = [pair for pair in numbers if all(map(math.isfinite, pair))]
-    return [epoch for epoch, _ in known], [value for _, value in known]
 
 
 def _draw_smoothed(

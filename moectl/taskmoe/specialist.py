@@ -23,10 +23,9 @@ from moectl.taskmoe.manifest import find_manifest
 from moectl.taskmoe.model import MergedMoE, Specialist
 from moectl.taskmoe.report import report
 from moectl.taskmoe.settings import TaskmoeSettings
+from moectl.taskmoe.weights import MONITOR, save_epoch
 
 log = logging.getLogger(__name__)
-
-MONITOR = "val/accuracy"
 
 
 def train_specialist(settings: TaskmoeSettings, run: Run[TaskmoeSettings]) -> None:
@@ -55,7 +54,7 @@ def train_specialist(settings: TaskmoeSettings, run: Run[TaskmoeSettings]) -> No
                     "val/accuracy": scores.accuracy(judged.argmax(1), truth),
                 }
             )
-            _save(loop, facts_of(settings, data, model), step.epoch + 1, best=best)
+            save_epoch(loop, facts_of(settings, data, model), step.epoch + 1, best=best)
 
     _finish(loop, data)
 
@@ -107,25 +106,6 @@ def facts_of(settings: TaskmoeSettings, data: Data, model: Specialist) -> dict[s
         "split": split_of(settings.data),
         "moectl": __version__,
     }
-
-
-def _save(loop: Loop, facts: dict[str, Any], epoch: int, *, best: bool) -> None:
-    run, settings = loop.run, loop.run.settings
-    last = epoch == settings.train.epochs or loop.patience_ends
-    if not (best or last):
-        return
-    payload = {
-        "epoch": epoch,
-        "model_state_dict": loop.module.state_dict(),
-        "accuracy": 100 * float(loop.extra[MONITOR] or 0),
-        "config": dump(settings),
-        "format_version": 1,
-        **facts,
-    }
-    if last:
-        run.save_weights("last.pth", payload, facts, epoch=epoch)
-    if best:
-        run.save_weights("best_model.pth", payload, facts, epoch=epoch, best=True)
 
 
 def _finish(loop: Loop, data: Data) -> None:

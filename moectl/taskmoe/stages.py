@@ -13,7 +13,7 @@ from torch import Tensor
 from moectl.engine.artefact import Artefact
 from moectl.engine.errors import UserError
 from moectl.engine.files import is_file, is_folder, read_json, write_json
-from moectl.engine.references import all_runs, find_weights, split_reference
+from moectl.engine.references import exact, find_weights, finished_runs
 from moectl.engine.run import Run
 from moectl.engine.seeding import key
 from moectl.engine.sources import TensorSource
@@ -54,7 +54,7 @@ def find_specialists(
     if references:
         if len(references) != count:
             raise UserError(f"{len(references)} specialists are given, the task has {count}")
-        paths = [find_weights(best(reference), "taskmoe") for reference in references]
+        paths = [find_weights(exact(reference), "taskmoe") for reference in references]
     elif submodels:
         paths = _submodel_files(submodels / folder_name(settings), count)
     elif any(one.checkpoint for one in manifest.specialists):
@@ -81,12 +81,6 @@ def find_specialists(
                 member.path,
             )
     return found
-
-
-def best(reference: str) -> str:
-    """Make a reference to a run one to its best weights, unless it says which."""
-    chosen = split_reference(reference)[1] or is_file(Path(reference))
-    return reference if chosen else f"{reference}@best"
 
 
 def folder_name(settings: TaskmoeSettings) -> str:
@@ -122,21 +116,12 @@ def _newest(task: str, count: int) -> list[Path]:
 
 def newest_specialist(task: str, number: int) -> Path | None:
     """Return the best weights of the newest finished run of a specialist; 0 for all classes."""
-    for folder, _ in finished("specialist"):
+    for folder, _ in finished_runs("taskmoe", "specialist"):
         path = find_weights(f"{folder}@best", "taskmoe")
         facts = read_json(path.with_name(f"{path.name}.json"))
         if (facts["task"], facts["number"]) == (task, number):
             return path
     return None
-
-
-def finished(command: str) -> list[tuple[Path, dict[str, Any]]]:
-    """Return folder and record of the finished runs of a command, newest first."""
-    return [
-        (folder, record)
-        for folder, record in all_runs("taskmoe")
-        if record.get("command") == command and record.get("status") == "finished"
-    ]
 
 
 def merge(

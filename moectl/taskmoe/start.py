@@ -8,12 +8,12 @@ from typing import Any
 from moectl.engine.artefact import Artefact
 from moectl.engine.errors import UserError
 from moectl.engine.files import is_file, is_folder, read_json, write_json
-from moectl.engine.references import find_weights
+from moectl.engine.references import exact, find_weights, finished_runs
 from moectl.engine.run import Run
 from moectl.engine.settings import dump, flatten
 from moectl.taskmoe.data import split_of
 from moectl.taskmoe.settings import TaskmoeSettings
-from moectl.taskmoe.stages import MERGED, SUBMODELS, announce, best, finished, folder_name, merge
+from moectl.taskmoe.stages import MERGED, SUBMODELS, announce, folder_name, merge
 from moectl.taskmoe.weights import read_mixture
 
 log = logging.getLogger(__name__)
@@ -85,9 +85,10 @@ def _find_start(settings: TaskmoeSettings, asked: Mapping[str, str]) -> Path | N
     if "--load-model-path" in asked:
         return Path(asked["--load-model-path"])
     if "--merged" in asked:
-        return find_weights(best(asked["--merged"]), "taskmoe")
+        return find_weights(exact(asked["--merged"]), "taskmoe")
     task = settings.data.task
-    found = [find_weights(f"{folder}@best", "taskmoe") for folder, _ in finished("merge")]
+    merges = finished_runs("taskmoe", "merge")
+    found = [find_weights(f"{folder}@best", "taskmoe") for folder, _ in merges]
     facts = {path: read_json(path.with_name(f"{path.name}.json")) for path in found}
     own = [path for path in found if facts[path]["task"] == task]
     if own:

@@ -35,11 +35,10 @@ from moectl.taskmoe.losses import (
 from moectl.taskmoe.model import MergedMoE
 from moectl.taskmoe.report import draw_analysis, draw_curve, report
 from moectl.taskmoe.settings import TaskmoeSettings
-from moectl.taskmoe.weights import Member, load_state
+from moectl.taskmoe.weights import MONITOR, Member, load_state, save_epoch
 
 log = logging.getLogger(__name__)
 
-MONITOR = "val/accuracy"
 Answer = tuple[Callable[[Tensor], Tensor], list[int]]
 """From images to logits, and the classes of the union that these are of."""
 
@@ -97,7 +96,9 @@ def train(
         if step.ends_epoch:
             examined = _examined(loop, data)
             best = step.score(epoch_scores(examined, data.owners, float(model.temperature)))
-            _save(loop, model, data, step.epoch + 1, best=best)
+            facts = {**facts_of(settings, data), "temperature": float(model.temperature)}
+            kept = {"optimizer_state_dict": loop.optimizer.state_dict()}
+            save_epoch(loop, facts, step.epoch + 1, best=best, more=kept)
             _analyse(loop, data, examined, step.epoch + 1)
 
     _finish(loop, model, data)
@@ -234,28 +235,6 @@ def facts_of(settings: TaskmoeSettings, data: Data) -> dict[str, Any]:
         "split": split_of(settings.data),
         "moectl": __version__,
     }
-
-
-def _save(loop: Loop, model: MergedMoE, data: Data, epoch: int, *, best: bool) -> None:
-    run, settings = loop.run, loop.run.settings
-    last = epoch == settings.train.epochs or loop.patience_ends
-    if not (best or last):
-        return
-    temperature = float(model.temperature)
-    facts = {**facts_of(settings, data), "temperature": temperature}
-    payload = {
-        "epoch": epoch,
-        "model_state_dict": model.state_dict(),
-        "optimizer_state_dict": loop.optimizer.state_dict(),
-        "accuracy": 100 * float(loop.extra[MONITOR] or 0),
-        "config": dump(settings),
-        "format_version": 1,
-        **facts,
-    }
-    if last:
-        run.save_weights("last.pth", payload, facts, epoch=epoch)
-    if best:
-        run.save_weights("best_model.pth", payload, facts, epoch=epoch, best=True)
 
 
 def _analyse(loop: Loop, data: Data, examined: Examined, epoch: int) -> None:

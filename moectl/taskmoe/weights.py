@@ -15,12 +15,17 @@ from torch import Tensor, nn
 from moectl.engine import artefact
 from moectl.engine.artefact import Artefact
 from moectl.engine.errors import UserError
+from moectl.engine.loop import Loop
+from moectl.engine.settings import dump
 from moectl.taskmoe.data import Statistics, load_specialist
 from moectl.taskmoe.manifest import class_names, find_manifest, label_map, owners
 from moectl.taskmoe.model import MergedMoE, Specialist, load_original
 from moectl.taskmoe.settings import TaskmoeSettings
 
 log = logging.getLogger(__name__)
+
+MONITOR = "val/accuracy"
+"""The score that chooses the best epoch."""
 
 _FIRST = "conv1.conv.weight"
 _STATES = ("model_state_dict", "optimizer_state_dict", "config")
@@ -60,6 +65,42 @@ def change_of(given: Statistics, wanted: Statistics) -> tuple[Tensor, Tensor]:
     mean, std = (torch.tensor(part, dtype=torch.float64) for part in given)
     own_mean, own_std = (torch.tensor(part, dtype=torch.float64) for part in wanted)
     return (std / own_std).float(), ((mean - own_mean) / own_std).float()
+
+
+def save_epoch(
+    loop: Loop,
+    facts: Mapping[str, Any],
+    epoch: int,
+    *,
+    best: bool,
+    more: Mapping[str, Any] | None = None,
+) -> None:
+    """Write the weights files that are due after an epoch: `last.pth`, `best_model.pth`.
+
+    Args:
+        loop: of the training.
+        facts: see `artefact.save`.
+        epoch: epochs done.
+        best: whether it is the best so far.
+        more: what the files hold besides.
+    """
+    run, settings = loop.run, loop.run.settings
+    last = epoch == settings.train.epochs or loop.patience_ends
+    if not (best or last):
+        return
+    payload = {
+        "epoch": epoch,
+        "model_state_dict": loop.module.state_dict(),
+        **(more or {}),
+        "accuracy": 100 * float(loop.extra[MONITOR] or 0),
+        "config": dump(settings),
+        "format_version": 1,
+        **facts,
+    }
+    if last:
+        run.save_weights("last.pth", payload, facts, epoch=epoch)
+    if best:
+        run.save_weights("best_model.pth", payload, facts, epoch=epoch, best=True)
 
 
 def read_specialist(path: Path, settings: TaskmoeSettings, number: int) -> Member:

@@ -10,10 +10,9 @@ from moectl.engine.errors import UserError
 from moectl.engine.files import csv_text, write_json, write_text
 from moectl.engine.report import image, paragraphs, run_lines
 from moectl.engine.report import table as markdown
-from moectl.engine.run import read_record
+from moectl.engine.run import read_record, status_of
 from moectl.engine.settings import nearest
 from moectl.engine.tracking import loads_or_none
-from moectl.tools.runs import status_of
 from moectl.tools.sweep_cells import scores_of
 from moectl.tools.sweep_plan import Plan, short, words_of
 

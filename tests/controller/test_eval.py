@@ -22,6 +22,7 @@ from moectl.controller.records import record
 from moectl.controller.rivals import oracle
 from moectl.controller.simulator import Simulator
 from moectl.controller.table import Table, build
+from moectl.controller.timing import Clock
 from moectl.engine.files import write_json
 
 Call = Callable[..., tuple[int, str, str]]
@@ -403,7 +404,7 @@ def test_several_processes_are_refused(
     own: Path, controller: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     several = SimpleNamespace(num_processes=2, device=torch.device("cpu"))
-    monkeypatch.setattr(evaluation, "build_accelerator", lambda *_: several)
+    monkeypatch.setattr(evaluation, "accelerator_for", lambda *_: several)
     code, _, err = controller("eval", "--quiet")
     assert code == 2
     assert "controller eval runs in one process" in err
@@ -413,3 +414,28 @@ def test_other_runs_are_refused(own: Path, controller: Call) -> None:
     path = own / "run.json"
     path.write_text(path.read_text().replace('"command": "grpo"', '"command": "profile"'))
     assert "expected a run of grpo" in controller("eval", "--run", str(own))[2]
+
+
+def test_choosing_is_timed_by_the_clock_of_the_settings(
+    own: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kinds: list[str] = []
+
+    def opened(device: torch.device, kind: Any) -> Clock:
+        kinds.append(kind)
+        return Clock(device, kind)
+
+    monkeypatch.setattr(evaluation, "open_clock", opened)
+    words = ("--baseline", "static_full", "--budget", "200", "--set", "latency.clock=cpu")
+    assert _run(["controller", "eval", *words, "--quiet"]) == 0
+    assert kinds == ["cpu"]
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_predictions_are_kept_if_they_are_asked_for(own: Path, saved: bool) -> None:
+    flag = "--save-predictions" if saved else "--no-save-predictions"
+    words = ("--baseline", "static_full", "--budget", "200", flag)
+    assert _run(["controller", "eval", *words, "--quiet"]) == 0
+    folder = own / "evals" / "test@best_model"
+    assert bool(list(folder.glob("*_predictions.jsonl"))) is saved
+    assert read(folder)["budgets"] == [200]

@@ -212,3 +212,11 @@ def test_a_policy_with_one_plan_is_warned_about(
             tmp_path / "run", data__val_samples=samples, train__epochs=1, data__train_samples=2
         )
     assert ("a larger grpo.entropy_coef keeps it open" in caplog.text) == warned
+
+
+def test_an_epoch_is_told_in_two_lines(sim_run: Path) -> None:
+    told = (sim_run / "log.txt").read_text().splitlines()
+    lines = [line for line in told if "reward" in line.lower() and "epoch" in line.lower()]
+    assert [line.partition(" INFO ")[2][:9] for line in lines[:2]] == ["Epoch 1  ", "Epoch 2  "]
+    assert sum("Validation  Reward: " in line for line in told) == 2
+    assert not [line for line in told if "val: reward_mean" in line]

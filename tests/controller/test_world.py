@@ -1,6 +1,7 @@
 """What a policy acts on: questions, tables, budgets, and what of them is written down."""
 
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +26,7 @@ from moectl.controller.world import (
     read_tables,
     require_same,
     sources_of,
+    warn_outside,
 )
 from moectl.engine.errors import UserError
 from moectl.engine.files import sha256
@@ -72,10 +74,37 @@ def test_a_network_answers_the_questions_of_the_data(world: Callable[..., World]
     assert found.order == tuple(range(6))
 
 
+def unasked(*_: Any) -> None:
+    raise AssertionError("the questions were loaded first")
+
+
+def test_a_network_that_cannot_be_is_refused_before_questions_are_loaded(
+    simulated: Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("moectl.controller.data.load", unasked)
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    for model, words in (("nowhere", "no such network"), (str(tmp_path), "of the family bert")):
+        settings = simulated(backbone__model=model, data__dataset="synth_vqa")
+        with pytest.raises(UserError, match=words):
+            open_world(settings, torch.device("cpu"), ("val",))
+
+
+def test_budgets_outside_of_the_training_are_named_once_each(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("moectl"), "propagate", True)
+    warn_outside([340.1, 500, 120, 50, 500, 99.5], (100, 340), "ms")
+    assert [record.getMessage() for record in caplog.records] == [
+        f"budget {budget} is outside of what the controller was trained for: 100 to 340 ms"
+        for budget in (50, 500)
+    ]
+
+
 def test_a_clock_that_cannot_be_is_refused(
     simulated: Settings, monkeypatch: pytest.MonkeyPatch, nano: Any
 ) -> None:
     monkeypatch.setattr("moectl.controller.open.open_backbone", lambda *_, **__: nano)
+    monkeypatch.setattr("moectl.controller.data.load", unasked)
     settings = simulated(
         backbone__model="nano", data__dataset="synth_vqa", latency__clock="cpu"
     )  # fmt: skip

@@ -358,20 +358,6 @@ def test_importance_of_one_concept_leaves_the_others_alone():
 # Verdict
 
 
-def test_a_folded_norm_says_the_same():
-    for task_input, inputs in (("all", 6), ("max", 3)):
-        net = network(task_input=task_input)
-        plain = net(pictures()).logits
-        net.set_task_norm(uniform(inputs) - 0.5, uniform(inputs, seed=3) + 0.05)
-        normed = net(pictures()).logits
-        weight = net.task_head.weight.clone()
-        net.fold_task_norm()
-        assert not torch.allclose(normed, plain, atol=1e-2)
-        assert not torch.equal(net.task_head.weight, weight)
-        assert torch.equal(net.task_std, torch.ones(inputs))
-        assert torch.allclose(net(pictures()).logits, normed, atol=1e-5)
-
-
 def test_a_normed_head_sees_standard_scores():
     net, scores = network(), uniform(50, 3, 2)
     flat = scores.flatten(1)

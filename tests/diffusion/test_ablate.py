@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from moectl.diffusion.ablate import plan, settings_of
+from moectl.diffusion.ablate import settings_of
 from moectl.diffusion.settings import DiffusionSettings, ModelSection
+from moectl.diffusion.variants import plan
 from moectl.engine.errors import UserError
 
 BASE = ModelSection(num_experts=4, k_active=2)

@@ -107,3 +107,11 @@ def test_inception_is_asked_for_early(monkeypatch):
     monkeypatch.setattr(reference, "inception", refuse)
     with pytest.raises(UserError, match="not installed"):
         check_reference(EvalSection(features="inception"), data_of())
+
+
+def test_the_weights_of_inception_are_those_that_were_asked_for(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(reference, "inception", asked.append)
+    for path in (None, tmp_path / "own.pth"):
+        check_reference(EvalSection(features="inception", inception_weights=path), data_of())
+    assert asked == [None, tmp_path / "own.pth"]

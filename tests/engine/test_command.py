@@ -3,14 +3,15 @@
 import inspect
 import json
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Annotated, Any
 
 import pytest
 import typer
 from typer.testing import CliRunner
 
-from moectl.engine.command import RESUMABLE, Request, command
+from moectl.engine import console
+from moectl.engine.command import RESUMABLE, Request, command, show_run
 from moectl.engine.errors import UserError
 from moectl.engine.settings import fields, to_toml
 
@@ -304,3 +305,17 @@ def test_the_wrapped_function_keeps_its_name_and_text(toy: ModuleType) -> None:
         """Measure."""
 
     assert (eval_.__name__, inspect.getdoc(eval_)) == ("eval_", "Measure.")
+
+
+def test_a_run_that_is_done_is_its_folder_and_as_json_its_record(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    done = SimpleNamespace(folder=Path("runs/a/x"), record={"name": "x", "status": "finished"})
+    console.setup()
+    show_run(done)
+    assert capsys.readouterr().out == "runs/a/x\n"
+    console.setup(as_json=True)
+    show_run(done, status="imported", scale=2)
+    assert json.loads(capsys.readouterr().out) == {
+        "name": "x", "status": "imported", "scale": 2, "folder": "runs/a/x",
+    }  # fmt: skip

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from pathlib import Path
 
 import pytest
@@ -115,3 +116,25 @@ def test_only_the_first_process_prints_results(
     monkeypatch.setenv("RANK", "0")
     console.result({}, "once")
     assert capsys.readouterr().out == "once\n"
+
+
+@pytest.mark.parametrize(
+    ("terminal", "quiet", "hidden"),
+    [(True, False, False), (True, True, True), (False, False, True)],
+)
+def test_bars_of_libraries_are_for_terminals_that_may_be_talked_to(
+    monkeypatch: pytest.MonkeyPatch, terminal: bool, quiet: bool, hidden: bool
+) -> None:
+    names = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
+    for name in (*names, "CI"):
+        monkeypatch.setenv(name, "0")  # put back after the test, whatever is set below
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(console._talk, "_force_terminal", terminal)
+    console.setup(quiet=quiet)
+    assert [os.environ.get(name) for name in names] == ["1" if hidden else None] * 2
+
+
+def test_a_wish_for_bars_is_respected(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "0")
+    console.setup(quiet=True)
+    assert os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] == "0"

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from moectl.engine.environment import environment
+from moectl.engine.environment import device_name, environment
 
 
 @pytest.fixture
@@ -50,3 +50,11 @@ def test_git_state_is_recorded_where_there_is_one(
 def test_a_machine_without_git_is_fine(accelerator: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     assert environment(accelerator)["git"] is None
+
+
+def test_devices_have_the_names_that_people_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.processor", lambda: "")
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"card {device.index}")
+    assert device_name(torch.device("cpu")) == "x86_64"
+    assert device_name(torch.device("cuda", 1)) == "card 1"

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from moectl.engine import files
+from moectl.engine.errors import UserError
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(
@@ -70,3 +71,14 @@ def test_names_that_no_file_can_have_are_not_there(tmp_path: Path) -> None:
         assert not files.is_folder(path)
     assert files.is_folder(tmp_path)
     assert not files.is_file(tmp_path)
+
+
+def test_what_is_not_there_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "a"
+    file.touch()
+    files.require_file(file)
+    files.require_folder(tmp_path)
+    with pytest.raises(UserError, match="no such file"):
+        files.require_file(tmp_path)
+    with pytest.raises(UserError, match="no such folder"):
+        files.require_folder(file)

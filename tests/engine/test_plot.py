@@ -192,3 +192,16 @@ def test_means_over_names_are_bars(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.approx((0, 0.3)), pytest.approx((2, 0.1))
     ]  # fmt: skip
     assert [label.get_text() for label in axes.get_xticklabels()] == ["a", "b", "c"]
+
+
+def test_known_points_are_those_with_two_finite_numbers() -> None:
+    rows = [
+        {"epoch": "1", "loss": "0.5"},
+        {"epoch": "2", "loss": ""},
+        {"epoch": "", "loss": "1"},
+        {"epoch": "3", "loss": "inf"},
+        {"epoch": "4"},
+        {"epoch": "5", "loss": "-2"},
+    ]
+    assert plot.known_points(rows, "loss") == ([1.0, 5.0], [0.5, -2.0])
+    assert plot.known_points(rows, "other") == ([], [])

@@ -9,8 +9,10 @@ import pytest
 from moectl.engine.errors import UserError
 from moectl.engine.references import (
     all_runs,
+    exact,
     find_run,
     find_weights,
+    finished_runs,
     newest_unfinished,
     split_reference,
 )
@@ -154,3 +156,23 @@ def test_the_latest_weights_are_those_of_the_newest_finished_run(isolated: Path)
     done = made("a/x-1", "2026-01-01", status="finished", weights=weights)
     made("a/x-2", "2026-01-02", status="failed", weights=[])
     assert find_weights("latest", "a") == done / "w.pth"
+
+
+def test_finished_runs_of_a_command_come_newest_first(isolated: Path) -> None:
+    old, new = (made(f"a/x-{number}", command="train") for number in (1, 2))
+    made("a/x-3", command="merge")
+    made("a/x-4", command="train", status="failed")
+    made("b/x-5", command="train")
+    found = finished_runs("a", "train")
+    assert [folder for folder, _ in found] == [new, old]
+    assert {record["command"] for _, record in found} == {"train"}
+
+
+def test_a_reference_is_made_to_say_which_weights(isolated: Path) -> None:
+    assert exact("x-1") == "x-1@best"
+    assert exact("x-1", default="last") == "x-1@last"
+    assert exact("x-1@3") == "x-1@3"
+    assert exact("latest", Path("runs/a/x-1")) == "runs/a/x-1@best"
+    assert exact("latest@last", Path("runs/a/x-1")) == "runs/a/x-1@last"
+    Path("a@b.pth").touch()
+    assert exact("a@b.pth", Path("runs/a/x-1")) == "a@b.pth"

@@ -188,3 +188,20 @@ def test_both_tasks_need_the_runs_of_both(taskmoe: Call, runs: Path) -> None:
     code, out, err = taskmoe("eval", "--task", "both")
     assert (code, out) == (2, "")
     assert "task A: no finished run of the training" in err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--select-on", "test"),
+        ("--freeze-extractor-epochs", "1"),
+        ("--expert-analysis-interval", "0"),
+    ],
+)
+def test_what_a_specialist_does_not_have_is_no_option_of_it(
+    taskmoe: Call, isolated: Path, words: tuple[str, str]
+) -> None:
+    code, _, err = taskmoe("specialist", *words, "--dry-run")
+    assert code == 2
+    assert f"No such option: {words[0]}" in err
+    assert taskmoe("train", *words, "--dry-run")[0] == 0

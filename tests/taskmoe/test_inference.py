@@ -217,7 +217,7 @@ def test_data_is_normalised_by_the_stored_statistics(runs: Path) -> None:
         opened.facts["std"],
     ]
     other = open_mixture(request(runs / "t"), None, None)
-    other.facts |= {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
+    other.facts.update({"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]})
     assert (other.data.mean, other.data.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     for one in (opened, other):
         found = one.data.test.plain(one.data.test.images[:2])

@@ -19,7 +19,7 @@ from moectl.taskmoe import heat_maps, pictures
 from moectl.taskmoe.analysis import Examined
 from moectl.taskmoe.data import load
 from moectl.taskmoe.settings import DataSection, TaskmoeSettings
-from moectl.taskmoe.train import build, epoch_scores, over_processes
+from moectl.taskmoe.train import _prepare, build, epoch_scores, over_processes
 from moectl.taskmoe.weights import read_mixture, rebuild
 
 TINY = (
@@ -397,3 +397,24 @@ def test_training_goes_on_from_given_weights(
     given = read_mixture(weights, TaskmoeSettings())
     for name, value in given.payload["model_state_dict"].items():
         assert torch.equal(start.payload["model_state_dict"][name], value)
+
+
+@pytest.mark.parametrize(("anneal", "halfway"), [(0, 2), (8, 2.5)])
+def test_the_temperature_falls_over_the_epochs_that_are_set(anneal: int, halfway: float) -> None:
+    gate = {"anneal_epochs": anneal, "initial_temperature": 3, "final_temperature": 1}
+    settings = TaskmoeSettings(train={"epochs": 4}, gate={**gate, "schedule": "linear"})
+    model: Any = SimpleNamespace(
+        temperature=torch.tensor(0.0), feature_extractor=torch.nn.Identity()
+    )
+    loop: Any = SimpleNamespace(run=SimpleNamespace(settings=settings, is_main=False))
+    _prepare(loop, model, SimpleNamespace(epoch=2))  # type: ignore[arg-type]
+    assert float(model.temperature) == halfway
+
+
+def test_the_temperature_of_distillation_softens_the_targets(brief: Callable[..., Path]) -> None:
+    words = (*BLIND, "--distill-weight", "0.4")
+    hard, soft = (
+        column(brief(*words, "--set", f"loss.distill_temperature={value}"), "train/loss_distill")
+        for value in (1, 8)
+    )
+    assert hard != pytest.approx(soft, rel=0.05)

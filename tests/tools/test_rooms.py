@@ -7,7 +7,7 @@ from moectl.tools import rooms
 
 
 def test_the_systems_are_those_of_the_table_of_contents() -> None:
-    tools = {"presets", "runs", "doctor"}
+    tools = {"presets", "runs", "sweep", "doctor"}
     assert set(rooms.rooms()) == set(cli.CONTENTS) - tools
 
 
