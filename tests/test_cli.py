@@ -347,7 +347,7 @@ def test_interrupt_resume_interrupt_twice(start: Start, finish: Finish, tmp_path
     program.send_signal(signal.SIGINT)
     before = time.monotonic()
     code, out, err = finish(program)
-    assert time.monotonic() - before < 5
+    assert time.monotonic() - before < 30  # at once, on a machine with ten programs for two cores
     # Two signals in a row may arrive as one.
     assert (code, out) in ((130, ""), (75, "")), err
     assert "Traceback" not in err
