@@ -10,42 +10,20 @@ from typing import Any
 from moectl.engine import console, presets
 from moectl.engine.errors import UserError
 from moectl.engine.files import is_file
-from moectl.engine.options import COMMON, common_options, field_option, flag_of, python_name, shown
+from moectl.engine.options import COMMON, common_options, field_option, python_name, shown
 from moectl.engine.settings import (
+    RUN,
     Settings,
     dump,
     fields,
+    flag_of,
     flatten,
+    free,
     from_toml,
     resolve,
+    room_of,
     unknown_variables,
 )
-
-RESUMABLE = (
-    "train.epochs",
-    "train.epochs_stage3",
-    "train.log_every",
-    "train.save_minutes",
-    "train.keep",
-    "train.threads",
-    "train.max_time",
-    "train.tensorboard",
-    "train.wandb",
-    "train.wandb_project",
-    "train.wandb_entity",
-    "train.wandb_name",
-    "train.expert_analysis_interval",
-    "data.workers",
-    "data.root",
-    "data.download",
-    "eval.bins",
-    "eval.shifts",
-    "eval.bootstrap",
-    "eval.trials",
-    "eval.num_samples",
-    "eval.seed",
-)
-"""Settings that may change when a run is resumed; the number of epochs may only grow."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +45,7 @@ class Request:
 
     def names(self, key: str) -> bool:
         """Whether this very command set a setting, not the run that it reads."""
-        return self.origin.get(key, "default") not in ("default", "settings.toml")
+        return self.origin.get(key, "default") not in ("default", RUN)
 
 
 def command(  # noqa: PLR0913 - what a command is made of
@@ -97,7 +75,7 @@ def command(  # noqa: PLR0913 - what a command is made of
             do without a run if they have a value, as `policy=lut`.
         without: fields of these tables that do nothing here.
     """
-    room = str(cls.model_config.get("env_prefix", "")).removeprefix("MOECTL_").strip("_").lower()
+    room = room_of(cls)
     flags = {
         key: info
         for key, info in fields(cls).items()
@@ -184,12 +162,12 @@ def _request(
         )
     if common["run"]:
         folder = _read(room, common["run"], reads)
-    stored = [folder / "settings.toml"] if folder else []
-    settings, origin = resolve(cls, given, common["set"], [*stored, *files])
+    stored = folder / "settings.toml" if folder else None
+    settings, origin = resolve(cls, given, common["set"], files, stored)
     if folder and resume:
         _refuse_other_command(folder, verb)
         _refuse_changes(cls, folder, settings, verb)
-        if origin.get("train.max_time") == "settings.toml":
+        if origin.get("train.max_time") == RUN:
             settings = _without_limit(settings)
     return Request(
         room=room,
@@ -216,7 +194,7 @@ def _read(room: str, reference: str, reads: Sequence[str]) -> Path:
                 f"{path}: lies outside a run folder",
                 f"moectl {room} --help lists what makes a run of it",
             )
-        return path.parent
+        return find_run(str(path.parent), room)
     folder = find_run(split_reference(reference)[0], room, "finished", reads)
     made_by = read_record(folder).get("command", "")
     if reads and made_by not in reads:
@@ -229,19 +207,19 @@ def _resumed(room: str, name: str, verb: str, resume: str) -> Path | None:
 
     if resume == "auto":
         return references.newest_unfinished(room, name, verb)
-    return references.find_run(resume, room) if resume else None
+    return references.find_run(resume, room, commands=(verb,)) if resume else None
 
 
 def _refuse_changes(cls: type[Settings], folder: Path, settings: Settings, verb: str) -> None:
     """A resumed run keeps its settings, but for those that cannot change its result."""
     old, new = flatten(dump(from_toml(cls, folder / "settings.toml"))), flatten(dump(settings))
     changed = [key for key in new if new[key] != old.get(key)]
-    refused = [key for key in changed if key not in RESUMABLE]
+    marks = free(cls)
+    refused = [key for key in changed if key not in marks]
     cosine = new.get("schedule.name") == "cosine" and not new.get("schedule.t_max")
     tied = cosine or settings.ties_epochs(verb)  # a curve over all epochs would be another one
-    for key in ("train.epochs", "train.epochs_stage3"):
-        if key in changed and (tied or new[key] < old[key]):
-            refused.append(key)
+    growing = [key for key in changed if key in marks and marks[key].grows]
+    refused += [key for key in growing if tied or new[key] < old[key]]
     if refused:
         listed = ", ".join(
             f"{key} = {new[key]!r} (the run has {old.get(key)!r})" for key in refused

@@ -9,12 +9,7 @@ import typer
 from pydantic.fields import FieldInfo
 
 from moectl.engine import presets
-from moectl.engine.settings import Flag
-
-
-def flag_of(info: FieldInfo) -> Flag | None:
-    """Return the mark of a field that has an option of its own."""
-    return next((item for item in info.metadata if isinstance(item, Flag)), None)
+from moectl.engine.settings import option_names
 
 
 def python_name(key: str) -> str:
@@ -24,10 +19,8 @@ def python_name(key: str) -> str:
 
 def field_option(key: str, info: FieldInfo) -> inspect.Parameter:
     """Return the option of a flagged field; None means that it was not given."""
-    flag = flag_of(info)
-    assert flag is not None, f"{key} has no flag"
-    section, field = key.split(".")
-    names = list(flag.names or (f"--{field.replace('_', '-')}",))
+    names = option_names(key, info)
+    assert names, f"{key} has no flag"
     kind = _option_type(info)
     if kind is bool:
         names[0] = f"{names[0]}/--no-{names[0].removeprefix('--')}"
@@ -36,7 +29,7 @@ def field_option(key: str, info: FieldInfo) -> inspect.Parameter:
         *names,
         help=f"{info.description} Default: {default}." if default else info.description,
         show_default=False,
-        rich_help_panel=section.capitalize(),
+        rich_help_panel=key.partition(".")[0].capitalize(),
     )
     return inspect.Parameter(
         python_name(key),
