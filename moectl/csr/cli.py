@@ -43,13 +43,15 @@ def train(
     ] = None,
 ) -> None:
     """Train concepts, prototypes and the verdict."""
-    from moectl.csr.stages import STAGES
+    from moectl.csr.stages import STAGES, given
     from moectl.csr.train import train as run_training
 
     wanted = _NUMBERS.get(stage or "all", stage or "all")
     stages = [one for one in STAGES if wanted in ("all", one)]
     if start and stages[0] == "concept":
         raise UserError("--from goes with --stage prototype or task", "--model-name starts stage 1")
+    if stages[0] != "concept" and not request.folder:  # before any data is loaded
+        given(start, stages[0], request.settings.task.start)  # type: ignore[attr-defined]
     if output_dir:
         if request.out or request.resume:
             raise UserError("--output-dir goes neither with --out nor with --resume")

@@ -305,7 +305,7 @@ def explain(cls: type[Settings], error: ValidationError, origin: Mapping[str, st
 def _lines(cls: type[Settings], error: ValidationError, origin: Mapping[str, str]) -> Iterator[str]:
     known = fields(cls)
     entries = [(_key(entry["loc"]), entry) for entry in error.errors()]
-    wrong_items = {key for key, entry in entries if isinstance(entry["loc"][-1], int)}
+    wrong_items = {key for key, entry in entries if _is_item(entry["loc"])}
     for key, entry in entries:
         place = _place(key, origin)
         start = f"{place}{key}"
@@ -327,8 +327,11 @@ def _option(key: str, known: Mapping[str, FieldInfo]) -> str:
 
 def _key(location: Sequence[int | str]) -> str:
     """Return the dotted key of an error; that of the whole list for one of its items."""
-    parts = location[:-1] if isinstance(location[-1], int) else location
-    return ".".join(str(part) for part in parts)
+    return ".".join(str(part) for part in location[: -1 if _is_item(location) else None])
+
+
+def _is_item(location: Sequence[int | str]) -> bool:
+    return isinstance(next(reversed(location), ""), int)
 
 
 def _place(key: str, origin: Mapping[str, str]) -> str:

@@ -59,6 +59,12 @@ class Small(Settings):
     optim: Optim = Optim(lr=0.1, momentum=0.9)
     data: Data = Data()
 
+    @model_validator(mode="after")
+    def _sections_agree(self) -> "Small":
+        if self.data.even > 99:
+            raise ValueError("optim.lr is too low for data.even")
+        return self
+
 
 def file(path: Path, text: str) -> Path:
     path.write_text(text, encoding="utf-8")
@@ -156,6 +162,7 @@ def test_wrong_assignment_is_refused_with_place_and_value(
         ({"data.few": ("bogus",)}, "--some-few = 'bogus': input should be 'a' or 'b'"),
         ({"data.few": ()}, "--some-few = .*: tuple should have at least 1 item.*"),
         ({"data.even": 3}, "--even: 3 is odd"),
+        ({"data.even": 100}, "optim.lr is too low for data.even"),
         ({"optim.name": "adam", "optim.momentum": 2.0}, "optim.momentum with adam"),
     ],
 )
