@@ -8,7 +8,6 @@ import typer
 from moectl.balpoe.settings import BalpoeSettings
 from moectl.engine import console
 from moectl.engine.command import Request, command, open_run
-from moectl.engine.errors import UserError
 
 _DROPPED = {
     "--config": "use --preset NAME or --preset FILE.toml",
@@ -143,7 +142,20 @@ def eval_(
     console.result(*run_eval(request, plugins or [], rejection))
 
 
-@command(BalpoeSettings, ("data", "model", "loss"), train=True)
+@command(
+    BalpoeSettings,
+    ("data", "model", "loss"),
+    train=True,
+    resumes=False,
+    without=(
+        "data.augment",
+        "data.cutout",
+        "loss.mix",
+        "loss.mixup_alpha",
+        "loss.cutmix_alpha",
+        "loss.finetuning_start",
+    ),
+)
 def import_(
     request: Request,
     weights: Annotated[Path, typer.Argument(help="A .pth file with `state_dict`.")],
@@ -151,8 +163,6 @@ def import_(
     """Bring a public .pth of the original code into a run folder."""
     from moectl.balpoe.train import import_weights
 
-    if request.folder:
-        raise UserError("import makes a new run, it does not go on with one", "leave --resume out")
     with open_run(request) as run:
         import_weights(weights, run.settings, run)
     console.result({**run.record, "folder": str(run.folder)}, str(run.folder))

@@ -43,9 +43,11 @@ class DataSection(Section):
     test_list: Path | None = None
     """List file of the test images."""
     imbalance_ratio: Annotated[float, Flag("--imbalance-ratio"), Field(ge=1)] = 100.0
-    """Images of the largest class over images of the smallest; 1 keeps the classes balanced."""
+    """Images of the largest class over images of the smallest; 1 keeps the classes balanced.
+    List files are taken as they stand."""
     profile: Literal["exp", "step", "reverse"] = "exp"
-    """How class sizes fall: exponential, in one step, or exponential from the last class on."""
+    """How class sizes fall: exponential, in one step, or exponential from the last class on.
+    List files are taken as they stand."""
     augment: Annotated[
         Literal["standard", "autoaugment", "trivial", "randaugment"], Flag("--augment")
     ] = "standard"

@@ -127,7 +127,7 @@ def explain(  # noqa: PLR0913 - the options of a command
 infer = explain
 
 
-@command(CsrSettings, (), train=False, reads=("train", "convert"))
+@command(CsrSettings, (), train=False, reads=("train", "convert"), alias="--checkpoint")
 def atlas(
     request: Request,
     top: Annotated[
@@ -264,7 +264,13 @@ def check_data(
         raise UserError("\n".join([f"{count} to solve before training", *problems]))
 
 
-@command(CsrSettings, ("data",), train=True, without=("data.augment_heads",))
+@command(
+    CsrSettings,
+    ("data",),
+    train=True,
+    resumes=False,
+    without=("data.augment_heads", "data.hflip"),
+)
 def convert(
     request: Request,
     weights: Annotated[Path, typer.Argument(help="A .pth file of the original program.")],
@@ -272,8 +278,6 @@ def convert(
     """Bring a .pth of the original code into a run folder."""
     from moectl.csr.import_original import read_original, write_original
 
-    if request.folder:
-        raise UserError("convert makes a new run, it does not go on with one", "leave --resume out")
     settings: Any = request.settings
     original = read_original(weights, settings)
     with open_run(replace(request, settings=original.settings)) as run:

@@ -59,12 +59,13 @@ def command(  # noqa: PLR0913 - what a command is made of
     reads: Sequence[str] = (),
     standalone: Sequence[str] = (),
     without: Sequence[str] = (),
+    resumes: bool = True,
 ) -> Callable[[Callable[..., Any]], Callable[..., None]]:
     """Turn `function(request, …)` into a Typer command with options for the flagged fields.
 
     Args:
         cls: settings class of the system; its `env_prefix` names the system.
-        sections: the tables whose flagged fields become options.
+        sections: the tables whose flagged fields become options; or single fields, as `train.seed`.
         train: whether the command makes a run (`--name --out --resume`), or reads one (`--run`);
             None if neither.
         size: returns the size of the job for `--dry-run`.
@@ -74,12 +75,13 @@ def command(  # noqa: PLR0913 - what a command is made of
         standalone: parameters of the function that may name a file to read in place of a run, or
             do without a run if they have a value, as `policy=lut`.
         without: fields of these tables that do nothing here.
+        resumes: whether the run that is made can be gone on with (`--resume`).
     """
     room = room_of(cls)
     flags = {
         key: info
         for key, info in fields(cls).items()
-        if key.split(".")[0] in sections and key not in without and flag_of(info)
+        if {key, key.split(".")[0]} & set(sections) and key not in without and flag_of(info)
     }
 
     def decorate(function: Callable[..., Any]) -> Callable[..., None]:
@@ -97,13 +99,14 @@ def command(  # noqa: PLR0913 - what a command is made of
             verb = function.__name__.strip("_")
             request = _request(cls, room, verb, given, common, reads)
             if common["dry_run"]:
-                _show(request, _size(size, request.settings))
+                _dry_run(request, size)
             else:
                 _prepare(request)
                 function(request, **values)
 
-        parameters = [*own.values(), *(field_option(key, info) for key, info in flags.items())]
-        parameters += common_options(room, train, alias)
+        of_run = train is False
+        options = [field_option(key, info, of_run=of_run) for key, info in flags.items()]
+        parameters = [*own.values(), *options, *common_options(room, train, alias, resumes)]
         run_command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run_command.dropped = dropped or {}  # type: ignore[attr-defined]
         return run_command
@@ -127,13 +130,14 @@ def _stands_alone(values: Mapping[str, Any], entry: str) -> bool:
     return isinstance(value, Path) or (bool(value) and is_file(Path(value)))
 
 
-def _size(size: Callable[[Any], dict[str, Any]] | None, settings: Settings) -> dict[str, Any]:
-    """Ask for the size of the job; without the data the settings are still worth showing."""
+def _dry_run(request: Request, size: Callable[[Any], dict[str, Any]] | None) -> None:
+    """Show the settings and the size of the job; without the data they are still worth showing."""
     try:
-        return size(settings) if size else {}
+        found = size(request.settings) if size else {}
     except UserError as error:
-        console.log.warning("size unknown: %s", error.message)
-        return {"size unknown": error.message}
+        _show(request, {"size unknown": error.message})
+        raise
+    _show(request, found)
 
 
 def _warn(cls: type[Settings]) -> None:

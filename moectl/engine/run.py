@@ -221,7 +221,10 @@ class Run(Generic[S]):
     def _is_stillborn(self) -> bool:
         """Whether a new run has done nothing yet that would be missed."""
         begun = self.resuming or self.record.get("checkpoint") or self.record.get("weights")
-        return not begun and {path.name for path in self.folder.iterdir()} <= _FIRST_FILES
+        try:
+            return not begun and {path.name for path in self.folder.iterdir()} <= _FIRST_FILES
+        except OSError:  # another process was faster
+            return True
 
     def _remove(self) -> None:
         """Take away what this run wrote, so that the same command can be given again."""

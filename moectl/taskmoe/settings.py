@@ -27,7 +27,7 @@ class DataSection(Section):
     """Share of every class of the training images that selects the best epoch."""
     split_seed: Annotated[int, Flag("--split-seed"), Field(ge=0)] = 100
     """Seed of the choice of these images; the same for specialists, merge and training."""
-    allow_pickle: Annotated[bool, Flag("--allow-pickle")] = False
+    allow_pickle: Annotated[bool, Flag("--allow-pickle", "--trust-pickle")] = False
     """Read data files that hold more than tensors and plain types; they may run code."""
 
     @field_validator("task")

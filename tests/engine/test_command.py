@@ -4,7 +4,7 @@ import inspect
 import json
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import pytest
 import typer
@@ -134,6 +134,52 @@ def test_dry_run_shows_every_setting_and_does_nothing(run: Any, toy: ModuleType)
     assert document["size"] == {"updates": 16}
     table = run("train", "-n").stdout
     assert all(key in table for key in fields(toy.ToySettings))
+
+
+def test_a_dry_run_without_the_data_shows_the_settings_and_is_an_error(
+    toy: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def size(_: Any) -> dict[str, Any]:
+        raise UserError("data: no such folder")
+
+    @command(toy.ToySettings, ("optim",), train=True, size=size)
+    def train(request: Request) -> None:
+        """Train."""
+
+    app = typer.Typer()
+    app.command()(train)
+    result = CliRunner().invoke(app, ["--dry-run", "--json"])
+    assert isinstance(result.exception, UserError)
+    document = json.loads(result.stdout)
+    assert document["settings"]["optim.lr"]["value"] == 0.05
+    assert document["size"] == {"size unknown": "data: no such folder"}
+
+
+def options_of(function: Any) -> dict[str, Any]:
+    return {
+        name: get_args(parameter.annotation)[-1]
+        for name, parameter in inspect.signature(function).parameters.items()
+    }
+
+
+def test_a_single_field_may_be_an_option(toy: ModuleType) -> None:
+    @command(toy.ToySettings, ("optim", "train.seed"), train=True, resumes=False)
+    def make(request: Request) -> None:
+        """Make."""
+
+    options = options_of(make)
+    assert {name for name in options if name.startswith("train__")} == {"train__seed"}
+    assert {"optim__lr", "name", "out"} <= set(options)
+    assert "resume" not in options
+
+
+def test_the_default_of_a_command_that_reads_a_run_is_the_runs(toy: ModuleType) -> None:
+    def nothing(request: Request) -> None:
+        """Nothing."""
+
+    for train, default in ((False, "the run's."), (True, "0.1.")):
+        options = options_of(command(toy.ToySettings, ("optim",), train=train)(nothing))
+        assert options["optim__lr"].help.endswith(f"Default: {default}")
 
 
 def test_resume_takes_the_settings_of_the_run(run: Any, toy: ModuleType) -> None:

@@ -109,7 +109,7 @@ def test_references_that_lead_nowhere(runs: dict[str, Path], reference: str, mes
 
 @pytest.mark.parametrize("reference", ["runs/b/x-4", "b/x-4", "b/latest", "b/x"])
 def test_a_run_of_another_system_is_refused(runs: dict[str, Path], reference: str) -> None:
-    with pytest.raises(UserError, match="^runs/b/x-4: a run of b, expected one of a$"):
+    with pytest.raises(UserError, match=r"^runs/b/x-4: a run of b, expected one of a$"):
         find_run(reference, "a")
     assert find_run(reference, "b") == find_run(reference) == runs["b/x-4"]
 

@@ -122,11 +122,16 @@ def test_leaving_records_how_it_went(
 def test_a_mistake_found_before_any_result_leaves_no_run_behind(
     toy: ModuleType, tmp_path: Path, named: bool
 ) -> None:
-    out = tmp_path / "out" if named else None
-    for _ in range(2):  # the same command can be given again
-        with pytest.raises(UserError, match="no such file"), opened(toy, out=out) as run:
+    def work(run: Any) -> None:
+        with run:
             (run.folder / "split.json").touch()
             raise UserError("no such file")
+
+    out = tmp_path / "out" if named else None
+    for _ in range(2):  # the same command can be given again
+        run = opened(toy, out=out)
+        with pytest.raises(UserError, match="no such file"):
+            work(run)
         assert run.folder.exists() == named
         assert list(Path("runs/toy").glob("*") if out is None else out.iterdir()) == []
 
