@@ -55,7 +55,7 @@ def options_of(leaf: str) -> set[str]:
         ("csr convert", "--resume --hflip"),
         ("diffusion test-model", "--hub-name --data-dir --hflip --val-fraction --workers"),
         ("controller convert", "--preset --set --cpu --dry-run"),
-        ("controller toy", "--epochs"),
+        ("controller toy", "--precision"),
     ],
 )
 def test_no_command_takes_options_that_it_has_no_use_for(leaf: str, dead: str) -> None:
@@ -71,7 +71,7 @@ def test_no_command_takes_options_that_it_has_no_use_for(leaf: str, dead: str) -
         ("taskmoe train", "--resume --allow-pickle --trust-pickle"),
         ("csr train", "--resume --allow-pickle --trust-pickle"),
         ("csr atlas", "--run --checkpoint"),
-        ("diffusion test-model", "--channels --data"),
+        ("diffusion test-model", "--model-channels --data"),
         ("controller convert", "--json --quiet"),
         ("controller toy", "--seed --resume"),
         ("controller profile", "--seed --resume"),

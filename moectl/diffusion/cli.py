@@ -105,7 +105,7 @@ def ablate(  # noqa: PLR0913 - the options of a command
     DiffusionSettings,
     ("data", "model"),
     train=None,
-    without=("data.hub_name", "data.root", "data.hflip", "data.val_fraction", "data.workers"),
+    without=("data.name", "data.root", "data.hflip", "data.val_fraction", "data.workers"),
 )
 def quick_check(
     request: Request,
