@@ -197,8 +197,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         sys.stdout.flush()
     except BrokenPipeError:  # the reader has seen enough
         code = 1
-    except OSError as error:
-        _say(f"output could not be written: {error.strerror or error}")
+    except OSError as error:  # what only the last flush could not write, as --version
+        _say(f"standard output could not be written: {error.strerror or error}")
         code = 1
     if code:
         _drop_stdout()
@@ -230,6 +230,7 @@ def _run(arguments: list[str]) -> int:
         _say(str(error), error.hint, "stopped")
         code = 75
     except (KeyboardInterrupt, typer.Abort):
+        _say("Ctrl-C", label="stopped")
         code = 130
     except BrokenPipeError:
         raise

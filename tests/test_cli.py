@@ -36,6 +36,51 @@ def moectl(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
     return call
 
 
+# Options
+
+
+def options_of(leaf: str) -> set[str]:
+    return {name for parameter in cli._leaf(*leaf.split()).params for name in parameter.opts}
+
+
+@pytest.mark.parametrize(
+    ("leaf", "dead"),
+    [
+        ("balpoe import", "--resume --augment --cutout --mix --mixup-alpha --cutmix-alpha"),
+        ("balpoe import", "--finetuning-start"),
+        ("taskmoe merge", "--resume --epochs"),
+        ("taskmoe analyze", "--num-samples --seed"),
+        ("taskmoe predict", "--num-samples --seed"),
+        ("taskmoe compare", "--num-samples"),
+        ("csr convert", "--resume --hflip"),
+        ("diffusion test-model", "--hub-name --data-dir --hflip --val-fraction --workers"),
+        ("controller convert", "--preset --set --cpu --dry-run"),
+        ("controller toy", "--precision"),
+    ],
+)
+def test_no_command_takes_options_that_it_has_no_use_for(leaf: str, dead: str) -> None:
+    assert options_of(leaf).isdisjoint(dead.split())
+
+
+@pytest.mark.parametrize(
+    ("leaf", "names"),
+    [
+        ("balpoe import", "--arch --tau-list --imbalance-ratio --out"),
+        ("taskmoe merge", "--seed --width --out"),
+        ("taskmoe compare", "--seed"),
+        ("taskmoe train", "--resume --allow-pickle --trust-pickle"),
+        ("csr train", "--resume --allow-pickle --trust-pickle"),
+        ("csr atlas", "--run --checkpoint"),
+        ("diffusion test-model", "--model-channels --data"),
+        ("controller convert", "--json --quiet"),
+        ("controller toy", "--seed --resume"),
+        ("controller profile", "--seed --resume"),
+    ],
+)
+def test_what_a_command_makes_use_of_is_an_option(leaf: str, names: str) -> None:
+    assert options_of(leaf) >= set(names.split())
+
+
 # Exit codes
 
 
@@ -45,7 +90,7 @@ def moectl(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
         (UserError("lr = -1", "use more"), 2, "error: lr = -1\nhint: use more"),
         (RunFailed("broken"), 1, "error: broken"),
         (Interrupted("SIGTERM after update 3"), 75, "stopped: SIGTERM after update 3"),
-        (KeyboardInterrupt(), 130, ""),
+        (KeyboardInterrupt(), 130, "stopped: Ctrl-C"),
         (ValueError("odd"), 1, "error: ValueError: odd"),
         (OSError(28, "No space left on device"), 1, "No space left on device"),
         (MemoryError(), 1, "error: MemoryError"),
@@ -92,9 +137,9 @@ def test_debug_shows_where(
         ("balpoe trian", "Did you mean 'train'"),
         ("balpoe train --lrr 1", "--lr"),
         ("balpoe train --lr fast", "--lr"),
-        ("balpoe train --lr -1", "optim.lr = -1.0: input should be greater than 0"),
-        ("balpoe train --lr nan", "optim.lr"),
-        ("balpoe train --epochs 0", "train.epochs = 0"),
+        ("balpoe train --lr -1", "--lr = -1.0: input should be greater than 0"),
+        ("balpoe train --lr nan", "--lr = nan"),
+        ("balpoe train --epochs 0", "--epochs = 0"),
         ("balpoe train --dataset cats", "--dataset"),
         ("balpoe train --set optim.lrr=1", "did you mean optim.lr?"),
         ("balpoe train --set optim.lr=1 --lr 1", "set twice"),

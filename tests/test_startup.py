@@ -154,8 +154,7 @@ def test_a_dropped_option_is_not_one_that_exists(room: str) -> None:
 
 
 def test_every_flag_is_declared_once_per_system() -> None:
-    from moectl.engine.options import flag_of
-    from moectl.engine.settings import fields
+    from moectl.engine.settings import fields, flag_of
     from moectl.tools.rooms import settings_class
 
     alone = ("eval", "toy", "profile")  # in no command with others

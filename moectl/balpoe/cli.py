@@ -8,7 +8,6 @@ import typer
 from moectl.balpoe.settings import BalpoeSettings
 from moectl.engine import console
 from moectl.engine.command import Request, command, open_run, show_run
-from moectl.engine.errors import UserError
 from moectl.engine.files import require_file
 
 _DROPPED = {
@@ -144,14 +143,25 @@ def eval_(
     console.result(*run_eval(request, plugins or [], rejection))
 
 
-@command(BalpoeSettings, ("data", "model", "loss"), train=True)
+@command(
+    BalpoeSettings,
+    ("data", "model", "loss"),
+    train=True,
+    resumes=False,
+    without=(
+        "data.augment",
+        "data.cutout",
+        "loss.mix",
+        "loss.mixup_alpha",
+        "loss.cutmix_alpha",
+        "loss.finetuning_start",
+    ),
+)
 def import_(
     request: Request,
     weights: Annotated[Path, typer.Argument(help="A .pth file with `state_dict`.")],
 ) -> None:
     """Bring a public .pth of the original code into a run folder."""
-    if request.folder:
-        raise UserError("import makes a new run, it does not go on with one", "leave --resume out")
     require_file(weights)
     from moectl.balpoe.train import import_weights
 

@@ -3,6 +3,7 @@
 Legend: N images, C channels, H W pixels, K classes.
 """
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, cast
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from moectl.balpoe.settings import DataSection
+
+log = logging.getLogger(__name__)
 
 _CIFAR = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 _STATISTICS = {
@@ -279,6 +282,14 @@ def _from_files(data: "DataSection", seed: int) -> Data:
         return FolderSource(items, lists.augment, lists.plain, data.workers, finish)
 
     counts = lists.class_counts
+    for name in ("imbalance_ratio", "profile"):
+        if getattr(data, name) != type(data).model_fields[name].default:
+            log.warning(
+                "data.%s does nothing with list files: their counts are %d to %d",
+                name,
+                max(counts),
+                min(counts),
+            )
     return Data(
         train=source(lists.train),
         val=source(val),

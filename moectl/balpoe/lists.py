@@ -1,12 +1,13 @@
 """Data sets given as text files of `relative/path label` lines over a folder of images."""
 
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from moectl.engine.errors import UserError
-from moectl.engine.images import read_image
+from moectl.engine.images import check_image, read_image
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,6 +24,8 @@ USUAL_NAMES = {
     "inat18": ("iNaturalist18_train.txt", "iNaturalist18_val.txt", None),
     "list": (None, None, None),
 }
+_READERS, _PART = 8, 1000
+"""Threads that look into files, and how many files each takes at a time."""
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 INATURALIST = ((0.466, 0.471, 0.380), (0.195, 0.194, 0.192))
 
@@ -104,17 +107,34 @@ def read_list(path: Path, images: Path) -> Items:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         raise UserError(f"{path}: cannot be read ({reason})", "see data.train_list") from None
     items: Items = []
+    numbers = []
     for number, line in enumerate(lines, start=1):
         if line.strip():
             relative, label = _parse(line, f"{path}, line {number}")
             items.append((str(images / relative), label))
+            numbers.append(number)
     if not items:
         raise UserError(f"{path}: names no image, expected lines of `relative/path label`")
-    # Now, rather than in the last epoch.
-    missing = next((image for image, _ in items if not Path(image).is_file()), None)
-    if missing:
-        raise UserError(f"{path}: {missing} is missing", f"is {images} the folder of images?")
+    _check_images(path, [image for image, _ in items], numbers, images)
     return items
+
+
+def _check_images(path: Path, files: list[str], numbers: list[int], images: Path) -> None:
+    """Look into every file now, rather than in the last epoch."""
+
+    def problem(start: int) -> str:
+        part = slice(start, start + _PART)
+        for number, file in zip(numbers[part], files[part], strict=True):
+            try:
+                check_image(file)
+            except UserError as error:
+                return f"{path}, line {number}: {error.message}"
+        return ""
+
+    with ThreadPoolExecutor(_READERS) as pool:  # disks far away answer late, but many at a time
+        found = next(filter(None, pool.map(problem, range(0, len(files), _PART))), "")
+    if found:
+        raise UserError(found, f"is {images} the folder of images?")
 
 
 def _parse(line: str, place: str) -> tuple[str, int]:

@@ -8,7 +8,7 @@ from pydantic_settings import SettingsConfigDict
 
 from moectl.balpoe.taus import tau_values
 from moectl.engine.sections import OptimSection, ScheduleSection, TrainSection
-from moectl.engine.settings import Flag, Section, Settings
+from moectl.engine.settings import Flag, Free, Section, Settings
 
 
 def _numbers(value: Any) -> Any:
@@ -32,7 +32,7 @@ class DataSection(Section):
         Flag("--dataset"),
     ] = "cifar100"
     """Data set; `list` reads `path label` lines over an image folder."""
-    root: Annotated[Path, Flag("--data-dir", "--root")] = Path("data")
+    root: Annotated[Path, Flag("--data-dir", "--root"), Free()] = Path("data")
     """Folder that holds the data set, or receives it."""
     images: Annotated[Path | None, Flag("--images")] = None
     """Image folder of the list files; data.root if not given."""
@@ -43,9 +43,11 @@ class DataSection(Section):
     test_list: Path | None = None
     """List file of the test images."""
     imbalance_ratio: Annotated[float, Flag("--imbalance-ratio"), Field(ge=1)] = 100.0
-    """Images of the largest class over images of the smallest; 1 keeps the classes balanced."""
+    """Images of the largest class over images of the smallest; 1 keeps the classes balanced.
+    List files are taken as they stand."""
     profile: Literal["exp", "step", "reverse"] = "exp"
-    """How class sizes fall: exponential, in one step, or exponential from the last class on."""
+    """How class sizes fall: exponential, in one step, or exponential from the last class on.
+    List files are taken as they stand."""
     augment: Annotated[
         Literal["standard", "autoaugment", "trivial", "randaugment"], Flag("--augment")
     ] = "standard"
@@ -56,9 +58,9 @@ class DataSection(Section):
     """Side in pixels that the digits are enlarged to; 0 keeps the native size of any data set."""
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """Share of the held-out images that selects the best epoch; the rest is the test set."""
-    workers: Annotated[int, Flag("--workers"), Field(ge=0)] = 4
+    workers: Annotated[int, Flag("--workers"), Free(), Field(ge=0)] = 4
     """Loader processes for images in files; data in memory needs none."""
-    download: Annotated[bool, Flag("--download")] = True
+    download: Annotated[bool, Flag("--download"), Free()] = True
     """Fetch a public data set that is not there yet; MOECTL_OFFLINE=1 forbids it anyway."""
 
 
@@ -152,7 +154,7 @@ class BalpoeTrain(TrainSection):
 
     epochs: Annotated[int, Flag("--epochs"), Field(ge=1)] = 200
     """Passes over the training data."""
-    save_period: Annotated[int, Flag("--save-period"), Field(ge=1)] = 50
+    save_period: Annotated[int, Flag("--save-period"), Free(), Field(ge=1)] = 50
     """Epochs between the weights files checkpoint-epochN.pth; the last epoch always has one."""
 
 
@@ -231,13 +233,19 @@ class EvalSection(Section):
 
     batch_size: Annotated[int, Flag("--eval-batch-size"), Field(ge=1)] = 500
     """Images per forward pass."""
-    bins: Annotated[int, Flag("--bins"), Field(ge=1)] = 15
+    bins: Annotated[int, Flag("--bins"), Free(), Field(ge=1)] = 15
     """Bins of the calibration errors."""
-    shifts: tuple[Annotated[float, Field(ge=1)], ...] = (50.0, 25.0, 10.0, 5.0, 2.0)
+    shifts: Annotated[tuple[Annotated[float, Field(ge=1)], ...], Free()] = (
+        50.0,
+        25.0,
+        10.0,
+        5.0,
+        2.0,
+    )
     """Imbalance ratios of the shifted test sets, forward and backward; empty for none."""
-    bootstrap: Annotated[int, Field(ge=0)] = 1000
+    bootstrap: Annotated[int, Free(), Field(ge=0)] = 1000
     """Resamples of the test images behind the intervals of areas; 0 gives none."""
-    trials: Annotated[int, Field(ge=1)] = 5
+    trials: Annotated[int, Free(), Field(ge=1)] = 5
     """Divisions into validation and test images over which areas are averaged."""
 
 

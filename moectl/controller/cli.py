@@ -28,7 +28,7 @@ _DROPPED = {
 
 @command(
     ControllerSettings,
-    ("data", "toy"),
+    ("data", "toy", "train.seed"),
     train=True,
     without=("data.train_samples", "data.val_samples", "data.test_samples"),
 )
@@ -43,7 +43,7 @@ def toy(request: Request) -> None:
 
 @command(
     ControllerSettings,
-    (*_ASKED, "profile"),
+    (*_ASKED, "profile", "train.seed"),
     train=True,
     without=("data.train_samples", "data.test_samples", "latency.tables"),
 )
@@ -145,15 +145,20 @@ def infer(  # noqa: PLR0913 - the options of a command
         console.result(summary(found), shown_all(found))
 
 
-@command(ControllerSettings, (), train=None)
 def convert(
-    request: Request,  # noqa: ARG001 - it needs no setting
     source: Annotated[Path, typer.Argument(help="Folder of the checkpoint, with safetensors.")],
     out: Annotated[Path, typer.Argument(help="Folder to write; new, or empty.")],
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Only warnings and errors on stderr.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="The result as one JSON document on stdout.")
+    ] = False,
 ) -> None:
     """Bring a checkpoint of MolmoE into a folder of safetensors."""
     require_folder(source)
     from moectl.controller.molmoe_convert import convert as run_convert
 
+    console.setup(quiet=quiet, as_json=as_json)
     document = run_convert(source, out)
     console.result(document, str(out))

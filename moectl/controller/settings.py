@@ -7,7 +7,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_v
 from pydantic_settings import SettingsConfigDict
 
 from moectl.engine.sections import OptimSection, TrainSection
-from moectl.engine.settings import Flag, Section, Settings
+from moectl.engine.settings import Flag, Free, Section, Settings
 
 DatasetName = Literal[
     "text_vqa", "coco_2014_vqa", "okvqa", "coco_caption", "jsonl", "easy_vqa", "synth_vqa"
@@ -32,7 +32,7 @@ class DataSection(Section):
     ] = ("text_vqa",)
     """Sets of questions, with commas: text_vqa, coco_2014_vqa, okvqa or coco_caption of the hub,
     easy_vqa or jsonl of this disk, synth_vqa drawn here."""
-    root: Annotated[Path, Flag("--data-dir")] = Path("data")
+    root: Annotated[Path, Flag("--data-dir"), Free()] = Path("data")
     """Folder of easy_vqa, or of the images that a jsonl file names."""
     file: Annotated[Path | None, Flag("--data")] = None
     """Questions of jsonl, one a line."""
@@ -277,7 +277,7 @@ class EvalSection(Section):
     """Budgets, with commas; empty: eight over the range that was trained for."""
     budget_frac: Annotated[tuple[PositiveFloat, ...], Flag("--budget-frac")] = ()
     """Budgets as shares of the full plan's latency, with commas."""
-    bootstrap: Annotated[int, Field(ge=100)] = 1000
+    bootstrap: Annotated[int, Free(), Field(ge=100)] = 1000
     """Resamples of the confidence intervals."""
     save_predictions: Annotated[bool, Flag("--save-predictions")] = True
     """Write every answer."""

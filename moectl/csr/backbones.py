@@ -294,7 +294,7 @@ def _read(path: Path, trust: bool) -> Any:
     if trust:
         return artefact.trusting_load(data, str(path))
     return artefact.safe_load(
-        data, str(path), hint="if you trust where it comes from, allow its code with --trust-pickle"
+        data, str(path), hint="if you trust where it comes from, allow its code with --allow-pickle"
     )
 
 

@@ -43,13 +43,15 @@ def train(
     ] = None,
 ) -> None:
     """Train concepts, prototypes and the verdict."""
-    from moectl.csr.stages import STAGES
+    from moectl.csr.stages import STAGES, given
     from moectl.csr.train import train as run_training
 
     wanted = _NUMBERS.get(stage or "all", stage or "all")
     stages = [one for one in STAGES if wanted in ("all", one)]
     if start and stages[0] == "concept":
         raise UserError("--from goes with --stage prototype or task", "--model-name starts stage 1")
+    if stages[0] != "concept" and not request.folder:  # before any data is loaded
+        given(start, stages[0], request.settings.task.start)  # type: ignore[attr-defined]
     if output_dir:
         if request.out or request.resume:
             raise UserError("--output-dir goes neither with --out nor with --resume")
@@ -125,7 +127,7 @@ def explain(  # noqa: PLR0913 - the options of a command
 infer = explain
 
 
-@command(CsrSettings, (), train=False, reads=("train", "convert"))
+@command(CsrSettings, (), train=False, reads=("train", "convert"), alias="--checkpoint")
 def atlas(
     request: Request,
     top: Annotated[
@@ -262,7 +264,13 @@ def check_data(
         raise UserError("\n".join([f"{count} to solve before training", *problems]))
 
 
-@command(CsrSettings, ("data",), train=True, without=("data.augment_heads",))
+@command(
+    CsrSettings,
+    ("data",),
+    train=True,
+    resumes=False,
+    without=("data.augment_heads", "data.hflip"),
+)
 def convert(
     request: Request,
     weights: Annotated[Path, typer.Argument(help="A .pth file of the original program.")],
@@ -270,8 +278,6 @@ def convert(
     """Bring a .pth of the original code into a run folder."""
     from moectl.csr.import_original import read_original, write_original
 
-    if request.folder:
-        raise UserError("convert makes a new run, it does not go on with one", "leave --resume out")
     settings: Any = request.settings
     original = read_original(weights, settings)
     with open_run(replace(request, settings=original.settings)) as run:

@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from moectl.engine.sections import OptimSection, ScheduleSection, TrainSection
-from moectl.engine.settings import Flag, Section, Settings
+from moectl.engine.settings import Flag, Free, Section, Settings
 
 _Table = Path | None
 
@@ -79,7 +79,7 @@ class DataSection(Section):
     """Training images of the glyphs; a third as many test."""
     shortcut: str = ""
     """A glyph whose images have a mark in a corner; empty for none."""
-    workers: Annotated[int, Flag("--workers"), Field(ge=0)] = 4
+    workers: Annotated[int, Flag("--workers"), Free(), Field(ge=0)] = 4
     """Loader processes; 0 reads in the main process."""
 
 
@@ -98,7 +98,7 @@ class ModelSection(Section):
     """Hub model or weights file of the backbone; empty takes the usual one of its type."""
     pretrained: Annotated[bool, Flag("--pretrained")] = True
     """Start the backbone from public weights."""
-    trust_pickle: Annotated[bool, Flag("--trust-pickle")] = False
+    trust_pickle: Annotated[bool, Flag("--allow-pickle", "--trust-pickle")] = False
     """Read a weights file that holds more than tensors; it may run code."""
     num_prototypes: Annotated[int, Flag("--num-prototypes"), Field(ge=1)] = 5
     """Prototypes of each concept."""
@@ -200,7 +200,7 @@ class CsrTrain(TrainSection):
     """Passes over the training images for the concepts."""
     epochs_stage2: Annotated[int, Flag("--epochs-stage2"), Field(ge=0)] = 10
     """Passes for the prototypes."""
-    epochs_stage3: Annotated[int, Flag("--epochs-stage3"), Field(ge=0)] = 10
+    epochs_stage3: Annotated[int, Flag("--epochs-stage3"), Free(grows=True), Field(ge=0)] = 10
     """Passes for the task head."""
     feature_cache: Annotated[str, Flag("--feature-cache")] = "auto"
     """Where features of images that do not move are kept: auto (in the run, while it needs them),
@@ -218,7 +218,7 @@ class EvalSection(Section):
 
     batch_size: Annotated[int, Field(ge=1)] = 64
     """Images per forward pass."""
-    bootstrap: Annotated[int, Flag("--bootstrap"), Field(ge=0)] = 1000
+    bootstrap: Annotated[int, Flag("--bootstrap"), Free(), Field(ge=0)] = 1000
     """Resamples behind intervals; 0 gives none."""
 
 

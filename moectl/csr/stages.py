@@ -243,7 +243,7 @@ class Training:
         # One answer for all: what rank 0 copies a moment later must not be found by the others.
         path = agree(self.run.accelerator, lambda: predecessor(self.run.folder, stage, pick))
         if path is None and start:
-            path = self._adopt(stage, _given(start, stage, pick))
+            path = self._adopt(stage, given(start, stage, pick))
         if path is None:
             raise UserError(
                 f"{self.run.folder}: no weights of the stage before {stage}",
@@ -359,7 +359,17 @@ def predecessor(folder: Path, stage: Stage, pick: str = "last") -> Path | None:
     return folder / name if is_file(folder / name) else None
 
 
-def _given(start: str, stage: Stage, pick: str) -> Path:
+def given(start: str, stage: Stage, pick: str) -> Path:
+    """Return the weights that a run or a file has of the stage before one.
+
+    Raises:
+        UserError: if there are none.
+    """
+    if not start:
+        raise UserError(
+            f"--stage {stage} begins with weights of the stage before it",
+            "--from RUN names a run that has them, --resume RUN goes on with it",
+        )
     if is_file(Path(start)):
         return Path(start)
     folder = find_run(start, "csr", commands=("train",))

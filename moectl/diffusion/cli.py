@@ -102,7 +102,12 @@ def ablate(  # noqa: PLR0913 - the options of a command
         raise RunFailed(f"{', '.join(failed)}: failed, see the table")
 
 
-@command(DiffusionSettings, ("data", "model"), train=None)
+@command(
+    DiffusionSettings,
+    ("data", "model"),
+    train=None,
+    without=("data.name", "data.root", "data.hflip", "data.val_fraction", "data.workers"),
+)
 def quick_check(
     request: Request,
     every: Annotated[bool, typer.Option("--all", help="Every preset instead of variants.")] = False,

@@ -7,7 +7,7 @@ from pydantic import Field, PositiveInt, field_validator, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from moectl.engine.sections import OptimSection, ScheduleSection, TrainSection
-from moectl.engine.settings import Flag, Section, Settings
+from moectl.engine.settings import Flag, Free, Section, Settings
 
 Factors = Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
 
@@ -19,7 +19,7 @@ class DataSection(Section):
         Literal["cifar10", "digits", "folder", "hub"], Flag("--dataset", "--data")
     ] = "cifar10"
     """What is learned: CIFAR-10, embedded digits, a folder of images, or a set of the hub."""
-    root: Annotated[Path, Flag("--data-dir")] = Path("data")
+    root: Annotated[Path, Flag("--data-dir"), Free()] = Path("data")
     """Folder of the data set; of `folder`, that of the images or of their classes' folders."""
     name: Annotated[str, Flag("--hub-name")] = ""
     """Name of a data set of the hub, for instance uoft-cs/cifar10."""
@@ -29,9 +29,9 @@ class DataSection(Section):
     """Mirror training images at random; the embedded digits never are."""
     val_fraction: Annotated[float, Flag("--val-fraction"), Field(gt=0, lt=1)] = 0.05
     """Share of the images that are held out to measure, where there is no test set."""
-    download: bool = True
+    download: Annotated[bool, Free()] = True
     """Fetch a named public data set that is missing."""
-    workers: Annotated[int, Flag("--workers"), Field(ge=0)] = 4
+    workers: Annotated[int, Flag("--workers"), Free(), Field(ge=0)] = 4
     """Loader processes; 0 reads in the main process."""
 
 
@@ -128,9 +128,9 @@ class DiffusionTrain(TrainSection):
     """Decay of the averaged weights; 0 for none."""
     log_every: Annotated[int, Flag("--log-every"), Field(ge=0)] = 100
     """Updates between rows of running means, here and in metrics.csv; 0 for epoch ends only."""
-    save_every: Annotated[int, Flag("--save-every"), Field(ge=1)] = 10
+    save_every: Annotated[int, Flag("--save-every"), Free(), Field(ge=1)] = 10
     """Epochs between weights files; the last epoch always writes one."""
-    sample_every: Annotated[int, Flag("--sample-every"), Field(ge=0)] = 10
+    sample_every: Annotated[int, Flag("--sample-every"), Free(), Field(ge=0)] = 10
     """Epochs between pictures of samples; 0 for none."""
 
 

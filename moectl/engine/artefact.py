@@ -114,7 +114,8 @@ def safe_load(
         ) from None
     except Exception as error:  # on damaged bytes an unpickler raises anything
         known = isinstance(error, RuntimeError) and str(error).strip()
-        reason = str(error).strip().partition("\n")[0] if known else type(error).__name__
+        reason = "damaged, or another kind of file"
+        reason = str(error).strip().partition("\n")[0] if known else reason
         raise UserError(f"{where}: not a weights file ({reason[:160]})") from None
 
 

@@ -10,42 +10,20 @@ from typing import Any
 from moectl.engine import console, presets
 from moectl.engine.errors import UserError
 from moectl.engine.files import is_file
-from moectl.engine.options import COMMON, common_options, field_option, flag_of, python_name, shown
+from moectl.engine.options import COMMON, common_options, field_option, python_name, shown
 from moectl.engine.settings import (
+    RUN,
     Settings,
     dump,
     fields,
+    flag_of,
     flatten,
+    free,
     from_toml,
     resolve,
+    room_of,
     unknown_variables,
 )
-
-RESUMABLE = (
-    "train.epochs",
-    "train.epochs_stage3",
-    "train.log_every",
-    "train.save_minutes",
-    "train.keep",
-    "train.threads",
-    "train.max_time",
-    "train.tensorboard",
-    "train.wandb",
-    "train.wandb_project",
-    "train.wandb_entity",
-    "train.wandb_name",
-    "train.expert_analysis_interval",
-    "data.workers",
-    "data.root",
-    "data.download",
-    "eval.bins",
-    "eval.shifts",
-    "eval.bootstrap",
-    "eval.trials",
-    "eval.num_samples",
-    "eval.seed",
-)
-"""Settings that may change when a run is resumed; the number of epochs may only grow."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +45,7 @@ class Request:
 
     def names(self, key: str) -> bool:
         """Whether this very command set a setting, not the run that it reads."""
-        return self.origin.get(key, "default") not in ("default", "settings.toml")
+        return self.origin.get(key, "default") not in ("default", RUN)
 
 
 def command(  # noqa: PLR0913 - what a command is made of
@@ -81,12 +59,13 @@ def command(  # noqa: PLR0913 - what a command is made of
     reads: Sequence[str] = (),
     standalone: Sequence[str] = (),
     without: Sequence[str] = (),
+    resumes: bool = True,
 ) -> Callable[[Callable[..., Any]], Callable[..., None]]:
     """Turn `function(request, …)` into a Typer command with options for the flagged fields.
 
     Args:
         cls: settings class of the system; its `env_prefix` names the system.
-        sections: the tables whose flagged fields become options.
+        sections: the tables whose flagged fields become options; or single fields, as `train.seed`.
         train: whether the command makes a run (`--name --out --resume`), or reads one (`--run`);
             None if neither.
         size: returns the size of the job for `--dry-run`.
@@ -96,12 +75,13 @@ def command(  # noqa: PLR0913 - what a command is made of
         standalone: parameters of the function that may name a file to read in place of a run, or
             do without a run if they have a value, as `policy=lut`.
         without: fields of these tables that do nothing here.
+        resumes: whether the run that is made can be gone on with (`--resume`).
     """
-    room = str(cls.model_config.get("env_prefix", "")).removeprefix("MOECTL_").strip("_").lower()
+    room = room_of(cls)
     flags = {
         key: info
         for key, info in fields(cls).items()
-        if key.split(".")[0] in sections and key not in without and flag_of(info)
+        if {key, key.split(".")[0]} & set(sections) and key not in without and flag_of(info)
     }
 
     def decorate(function: Callable[..., Any]) -> Callable[..., None]:
@@ -119,13 +99,14 @@ def command(  # noqa: PLR0913 - what a command is made of
             verb = function.__name__.strip("_")
             request = _request(cls, room, verb, given, common, reads)
             if common["dry_run"]:
-                _show(request, _size(size, request.settings))
+                _dry_run(request, size)
             else:
                 _prepare(request)
                 function(request, **values)
 
-        parameters = [*own.values(), *(field_option(key, info) for key, info in flags.items())]
-        parameters += common_options(room, train, alias)
+        of_run = train is False
+        options = [field_option(key, info, of_run=of_run) for key, info in flags.items()]
+        parameters = [*own.values(), *options, *common_options(room, train, alias, resumes)]
         run_command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run_command.dropped = dropped or {}  # type: ignore[attr-defined]
         return run_command
@@ -149,13 +130,14 @@ def _stands_alone(values: Mapping[str, Any], entry: str) -> bool:
     return isinstance(value, Path) or (bool(value) and is_file(Path(value)))
 
 
-def _size(size: Callable[[Any], dict[str, Any]] | None, settings: Settings) -> dict[str, Any]:
-    """Ask for the size of the job; without the data the settings are still worth showing."""
+def _dry_run(request: Request, size: Callable[[Any], dict[str, Any]] | None) -> None:
+    """Show the settings and the size of the job; without the data they are still worth showing."""
     try:
-        return size(settings) if size else {}
+        found = size(request.settings) if size else {}
     except UserError as error:
-        console.log.warning("size unknown: %s", error.message)
-        return {"size unknown": error.message}
+        _show(request, {"size unknown": error.message})
+        raise
+    _show(request, found)
 
 
 def _warn(cls: type[Settings]) -> None:
@@ -184,12 +166,12 @@ def _request(
         )
     if common["run"]:
         folder = _read(room, common["run"], reads)
-    stored = [folder / "settings.toml"] if folder else []
-    settings, origin = resolve(cls, given, common["set"], [*stored, *files])
+    stored = folder / "settings.toml" if folder else None
+    settings, origin = resolve(cls, given, common["set"], files, stored)
     if folder and resume:
         _refuse_other_command(folder, verb)
         _refuse_changes(cls, folder, settings, verb)
-        if origin.get("train.max_time") == "settings.toml":
+        if origin.get("train.max_time") == RUN:
             settings = _without_limit(settings)
     return Request(
         room=room,
@@ -216,7 +198,7 @@ def _read(room: str, reference: str, reads: Sequence[str]) -> Path:
                 f"{path}: lies outside a run folder",
                 f"moectl {room} --help lists what makes a run of it",
             )
-        return path.parent
+        return find_run(str(path.parent), room)
     folder = find_run(split_reference(reference)[0], room, "finished", reads)
     made_by = read_record(folder).get("command", "")
     if reads and made_by not in reads:
@@ -229,19 +211,19 @@ def _resumed(room: str, name: str, verb: str, resume: str) -> Path | None:
 
     if resume == "auto":
         return references.newest_unfinished(room, name, verb)
-    return references.find_run(resume, room) if resume else None
+    return references.find_run(resume, room, commands=(verb,)) if resume else None
 
 
 def _refuse_changes(cls: type[Settings], folder: Path, settings: Settings, verb: str) -> None:
     """A resumed run keeps its settings, but for those that cannot change its result."""
     old, new = flatten(dump(from_toml(cls, folder / "settings.toml"))), flatten(dump(settings))
     changed = [key for key in new if new[key] != old.get(key)]
-    refused = [key for key in changed if key not in RESUMABLE]
+    marks = free(cls)
+    refused = [key for key in changed if key not in marks]
     cosine = new.get("schedule.name") == "cosine" and not new.get("schedule.t_max")
     tied = cosine or settings.ties_epochs(verb)  # a curve over all epochs would be another one
-    for key in ("train.epochs", "train.epochs_stage3"):
-        if key in changed and (tied or new[key] < old[key]):
-            refused.append(key)
+    growing = [key for key in changed if key in marks and marks[key].grows]
+    refused += [key for key in growing if tied or new[key] < old[key]]
     if refused:
         listed = ", ".join(
             f"{key} = {new[key]!r} (the run has {old.get(key)!r})" for key in refused

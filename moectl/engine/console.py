@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from moectl.engine.errors import RunFailed
+
 log = logging.getLogger("moectl")
 
 
@@ -75,9 +77,21 @@ def result(document: Any, shown: "Table | str | Sequence[Table]") -> None:
     """Print the result of a command: the document as JSON with `--json`, else the text or tables.
 
     One of several processes prints, the first.
+
+    Raises:
+        RunFailed: if it cannot be written, as on a full disk.
     """
     if os.environ.get("RANK", "0") != "0":
         return
+    try:
+        _write(document, shown)
+    except BrokenPipeError:  # the reader has seen enough
+        raise
+    except OSError as error:
+        raise RunFailed(f"standard output could not be written: {error.strerror}") from None
+
+
+def _write(document: Any, shown: "Table | str | Sequence[Table]") -> None:
     if _state["json"]:
         sys.stdout.write(json.dumps(document, indent=2, allow_nan=False) + "\n")
     elif isinstance(shown, str):
@@ -173,14 +187,9 @@ def progress(total: int, done: int = 0) -> Iterator[Progress]:
 def epoch_line(row: Mapping[str, float | None]) -> str:
     """Write an epoch's row as one line; the scores of single experts are left out."""
     validation = [
-        f"{name.removeprefix('val/')} {brief(value)}"
+        f"{name.removeprefix('val/')} {cell(value)}"
         for name, value in row.items()
         if name.startswith("val/") and "expert" not in name
     ]
-    line = f"lr {brief(row['lr'])}  loss {brief(row.get('train/loss'))}"
+    line = f"lr {cell(row['lr'])}  loss {cell(row.get('train/loss'))}"
     return f"{line}  val: {'  '.join(validation)}" if validation else line
-
-
-def brief(value: float | None) -> str:
-    """Write a number with three significant digits."""
-    return "–" if value is None else f"{value:.3g}"

@@ -273,7 +273,7 @@ class Loop:
         epoch, batch = divmod(first, self.stream.batches_per_epoch)
         rate = self.base_rates[0] * self.schedule(epoch + batch / self.stream.batches_per_epoch)
         means = mean_over([self.window.state()])
-        parts = ", ".join(f"{name} {console.brief(value)}" for name, value in means.items())
+        parts = ", ".join(f"{name} {console.cell(value)}" for name, value in means.items())
         raise RunFailed(
             f"loss or gradient not finite at update {first + 1} (epoch {epoch + 1},"
             f" batch {batch + 1}, learning rate {rate:.4g}; means since the last row:"

@@ -9,12 +9,7 @@ import typer
 from pydantic.fields import FieldInfo
 
 from moectl.engine import presets
-from moectl.engine.settings import Flag
-
-
-def flag_of(info: FieldInfo) -> Flag | None:
-    """Return the mark of a field that has an option of its own."""
-    return next((item for item in info.metadata if isinstance(item, Flag)), None)
+from moectl.engine.settings import option_names
 
 
 def python_name(key: str) -> str:
@@ -22,21 +17,25 @@ def python_name(key: str) -> str:
     return key.replace(".", "__")
 
 
-def field_option(key: str, info: FieldInfo) -> inspect.Parameter:
-    """Return the option of a flagged field; None means that it was not given."""
-    flag = flag_of(info)
-    assert flag is not None, f"{key} has no flag"
-    section, field = key.split(".")
-    names = list(flag.names or (f"--{field.replace('_', '-')}",))
+def field_option(key: str, info: FieldInfo, *, of_run: bool = False) -> inspect.Parameter:
+    """Return the option of a flagged field; None means that it was not given.
+
+    Args:
+        key: dotted.
+        info: the field.
+        of_run: whether the command reads a run, whose value then is the default.
+    """
+    names = option_names(key, info)
+    assert names, f"{key} has no flag"
     kind = _option_type(info)
     if kind is bool:
         names[0] = f"{names[0]}/--no-{names[0].removeprefix('--')}"
-    default = shown(info.default)
+    default = "the run's" if of_run else shown(info.default)
     option = typer.Option(
         *names,
         help=f"{info.description} Default: {default}." if default else info.description,
         show_default=False,
-        rich_help_panel=section.capitalize(),
+        rich_help_panel=key.partition(".")[0].capitalize(),
     )
     return inspect.Parameter(
         python_name(key),
@@ -67,11 +66,11 @@ def _complete_presets(room: str) -> Callable[[str], list[str]]:
     ]
 
 
-def _complete_runs(room: str) -> Callable[[str], list[str]]:
+def _complete_runs(room: str, *words: str) -> Callable[[str], list[str]]:
     def complete(incomplete: str) -> list[str]:
         from moectl.engine.references import all_runs
 
-        names = ["latest", "auto", *(folder.name for folder, _ in all_runs(room))]
+        names = ["latest", *words, *(folder.name for folder, _ in all_runs(room))]
         return [name for name in names if name.startswith(incomplete)]
 
     return complete
@@ -94,12 +93,14 @@ COMMON = frozenset(
 )
 
 
-def common_options(room: str, train: bool | None, alias: str = "") -> list[inspect.Parameter]:
+def common_options(
+    room: str, train: bool | None, alias: str = "", resumes: bool = True
+) -> list[inspect.Parameter]:
     """Return the options that every command of a system has, and those of its kind."""
-    known, runs_of = _complete_presets(room), _complete_runs(room)
-    kind = _training_options(runs_of, alias) if train else []
+    known = _complete_presets(room)
+    kind = _training_options(room, alias)[: 3 if resumes else 2] if train else []
     if train is False:
-        kind = [_run_option(runs_of, alias)]
+        kind = [_run_option(_complete_runs(room), alias)]
     every = "Every setting with its origin and the size of the job; nothing is done."
     return [
         _option(list[str], [], "--preset", "-p", "Preset or TOML file; later ones win.", known),
@@ -113,12 +114,13 @@ def common_options(room: str, train: bool | None, alias: str = "") -> list[inspe
     ]
 
 
-def _training_options(runs_of: Callable[[str], list[str]], alias: str) -> list[inspect.Parameter]:
+def _training_options(room: str, alias: str) -> list[inspect.Parameter]:
     go_on = "Go on with a run; auto: the newest unfinished of this name, or a new one."
+    known = _complete_runs(room, "auto")
     return [
         _option(str | None, None, "--name", alias, "Name of the run folder; else the presets."),
         _option(Path | None, None, "--out", help="The run folder itself; must be empty."),
-        _option(str | None, None, "--resume", "-r", go_on, runs_of, "REF|auto"),
+        _option(str | None, None, "--resume", "-r", go_on, known, "REF|auto"),
     ]
 
 

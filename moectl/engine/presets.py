@@ -84,15 +84,18 @@ def find(room: str | None, reference: str) -> Preset:
     """Find a preset by path, by name, or by `room/name`.
 
     Raises:
-        UserError: if there is none, or the name is not one.
+        UserError: if there is none, or the name is not one, or it is of another room.
     """
     path = Path(reference)
     if reference.endswith(".toml"):
         if not is_file(path):
             raise UserError(f"{reference}: no such preset file")
         return Preset(room or path.resolve().parent.name, path.stem, path)
-    if room is None and reference.count("/") == 1:
-        room, reference = reference.split("/")
+    owner, slash, name = reference.partition("/")
+    if slash and NAME.fullmatch(owner):
+        if room not in (None, owner):
+            raise UserError(f"{reference}: a preset of {owner}, expected one of {room}")
+        room, reference = owner, name
     check_name(reference, "preset")
     presets = available(room)
     matches = [preset for preset in presets if preset.name == reference]

@@ -11,8 +11,11 @@ from moectl.engine.run import read_record, runs_root
 from moectl.engine.settings import nearest
 from moectl.engine.tracking import loads_or_none
 
+Found = tuple[Path, dict[str, Any]]
+"""The folder of a run, and its record."""
 
-def all_runs(room: str | None = None) -> list[tuple[Path, dict[str, Any]]]:
+
+def all_runs(room: str | None = None) -> list[Found]:
     """Return (folder, record) of every run, newest first; folders without a record are left out."""
     found = []
     for record_file in runs_root().glob("*/*/run.json"):
@@ -39,43 +42,56 @@ def find_run(
 
     Args:
         reference: a path, `latest`, the beginning of a run's name, or `ROOM/NAME`.
-        room: the system to look in, if the reference does not say.
+        room: the system that the run must be of; any if None.
         status: for `latest`, only runs in this status.
         commands: for `latest`, only runs that one of these made; all if there are none.
 
     Raises:
-        UserError: if there is no such run, or several.
+        UserError: if there is no such run, or several, or it is of another system.
     """
+    folder = _folder(reference, room, status, commands)
+    theirs = read_record(folder).get("room", room)
+    if room is not None and theirs != room:
+        raise UserError(f"{folder}: a run of {theirs}, expected one of {room}")
+    return folder
+
+
+def _folder(reference: str, room: str | None, status: str, commands: Sequence[str]) -> Path:
     path = Path(reference)
-    if is_file(path / "run.json"):
+    if is_file(path / "run.json") or is_folder(path):
         return path
-    if is_folder(path):
-        read_record(path)
-    if "/" in reference:
-        room, _, reference = reference.partition("/")
-    runs = all_runs(room)
-    if reference == "latest":
-        matching = [
-            folder
-            for folder, record in runs
-            if (not status or record.get("status") == status)
-            and (not commands or record.get("command") in commands)
-        ]
-        if not matching:
-            kind = " ".join(word for word in (status, " or ".join(commands), "run") if word)
-            raise UserError(f"no {kind} of {room or 'any system'} under {runs_root()}")
-        return matching[0]
-    matching = [folder for folder, _ in runs if folder.name == reference]
-    matching = matching or [folder for folder, record in runs if _begins(folder, record, reference)]
+    owner, slash, name = reference.rpartition("/")
+    if slash and (owner in ("", ".", "..") or "/" in owner):
+        raise _nothing(reference, "no such run folder", all_runs(room))
+    runs = all_runs(owner or room)
+    if name == "latest":
+        return _latest(runs, owner or room, status, commands)
+    matching = [folder for folder, _ in runs if folder.name == name]
+    matching = matching or [folder for folder, record in runs if _begins(folder, record, name)]
     if len(matching) == 1:
         return matching[0]
     if matching:
         names = ", ".join(f"{folder.parent.name}/{folder.name}" for folder in matching[:8])
         raise UserError(f"{reference}: {len(matching)} runs begin like this", f"one of {names}")
-    known = [folder.name for folder, _ in runs]
+    raise _nothing(reference, f"no such run under {runs_root()}", runs)
+
+
+def _nothing(reference: str, what: str, runs: Sequence[Found]) -> UserError:
+    near = nearest(Path(reference).name, [folder.name for folder, _ in runs])
+    return UserError(f"{reference}: {what}{near}", "moectl runs list shows them all")
+
+
+def _latest(runs: Sequence[Found], room: str | None, status: str, commands: Sequence[str]) -> Path:
+    for folder, record in runs:
+        if status in ("", record.get("status")) and (
+            not commands or record.get("command") in commands
+        ):
+            return folder
+    kind = " ".join(word for word in (status, " or ".join(commands), "run") if word)
+    makes = f"moectl {room} {[*commands, 'train'][0]} makes one; " if room else ""
     raise UserError(
-        f"{reference}: no such run under {runs_root()}{nearest(reference, known)}",
-        "moectl runs list shows them all",
+        f"no {kind} of {room or 'any system'} under {runs_root()}",
+        f"{makes}moectl runs list shows what there is",
     )
 
 

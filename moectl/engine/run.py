@@ -4,6 +4,7 @@ import logging
 import os
 import secrets
 import shlex
+import shutil
 import socket
 import sys
 import time
@@ -37,6 +38,11 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 S = TypeVar("S", bound=Settings)
+
+_FIRST_FILES = frozenset(
+    {"run.json", "settings.toml", "log.txt", "run.lock", "metrics.csv", "split.json", "tensorboard"}
+)
+"""What a run has before there is anything worth keeping."""
 
 
 def runs_root() -> Path:
@@ -78,7 +84,8 @@ def status_of(record: Mapping[str, Any]) -> str:
 class Run(Generic[S]):
     """A run folder opened for writing, with the accelerator that computes for it.
 
-    Used as a context manager: entering takes over signals, leaving records how it went.
+    Used as a context manager: entering takes over signals, leaving records how it went. A new run
+    that a user's mistake ends before there is a result leaves nothing behind.
 
     Args:
         folder: the run folder, existing on rank 0 and decided by it.
@@ -86,6 +93,8 @@ class Run(Generic[S]):
         accelerator: devices and processes.
         record: what run.json holds so far.
         resuming: "" for a new run; "auto" or "named" if the training of this folder goes on.
+        keep_folder: whether the folder was named by the user, and stays if the run comes to
+            nothing.
     """
 
     def __init__(
@@ -95,9 +104,11 @@ class Run(Generic[S]):
         accelerator: "Accelerator",
         record: dict[str, Any],
         resuming: str = "",
+        *,
+        keep_folder: bool = False,
     ) -> None:
         self.folder, self.settings, self.accelerator = folder, settings, accelerator
-        self.record, self.resuming = record, resuming
+        self.record, self.resuming, self._keep_folder = record, resuming, keep_folder
         self._was_finished = record.get("status") == "finished"
         self.stop = StopRequest(_train(settings).max_seconds)
         self._lock = Lock(folder) if accelerator.is_main_process else None
@@ -202,8 +213,11 @@ class Run(Generic[S]):
         trace: TracebackType | None,
     ) -> None:
         self.stop.restore()
+        stillborn = isinstance(error, UserError) and self._is_stillborn()
         try:
-            if error is None:
+            if stillborn:
+                pass  # nothing is left to say it in
+            elif error is None:
                 self.note(status="finished", reason="")
             elif isinstance(error, UserError) and self._was_finished:
                 self.note(status="finished", reason="")  # refused: nothing was changed
@@ -221,6 +235,22 @@ class Run(Generic[S]):
             self._log.close()
             if self._lock:
                 self._lock.release()
+                if stillborn:
+                    self._remove()
+
+    def _is_stillborn(self) -> bool:
+        """Whether a new run has done nothing yet that would be missed."""
+        begun = self.resuming or self.record.get("checkpoint") or self.record.get("weights")
+        try:
+            return not begun and {path.name for path in self.folder.iterdir()} <= _FIRST_FILES
+        except OSError:  # another process was faster
+            return True
+
+    def _remove(self) -> None:
+        """Take away what this run wrote, so that the same command can be given again."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        if self._keep_folder:
+            self.folder.mkdir(exist_ok=True)
 
 
 def _train(settings: Settings) -> "TrainSection":
@@ -260,7 +290,7 @@ def create(  # noqa: PLR0913 - what a run is
         "parents": [],
         "weights": [],
     }
-    run = Run(folder, settings, accelerator, record)
+    run = Run(folder, settings, accelerator, record, keep_folder=out is not None)
     run.write_settings()
     run.note()
     accelerator.wait_for_everyone()

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from moectl.engine.settings import Flag, Section
+from moectl.engine.settings import Flag, Free, Section
 
 
 class OptimSection(Section):
@@ -61,7 +61,7 @@ class ScheduleSection(Section):
 class TrainSection(Section):
     """How the training runs."""
 
-    epochs: Annotated[int, Flag("--epochs"), Field(ge=1)] = 1
+    epochs: Annotated[int, Flag("--epochs"), Free(grows=True), Field(ge=1)] = 1
     """Passes over the training data."""
     batch_size: Annotated[int, Flag("--batch-size", "--bs"), Field(ge=1)] = 128
     """Samples per optimiser update, over all processes and micro-batches."""
@@ -71,7 +71,7 @@ class TrainSection(Section):
     """Seed of the initial weights, the order of the samples and every random choice."""
     precision: Annotated[Literal["auto", "no", "bf16", "fp16"], Flag("--precision")] = "auto"
     """Mixed precision; auto takes bf16 where the processor computes it natively, else none."""
-    threads: Annotated[int, Flag("--threads"), Field(ge=0)] = 0
+    threads: Annotated[int, Flag("--threads"), Free(), Field(ge=0)] = 0
     """CPU threads per process; 0 leaves a core free and divides the rest by the processes."""
     compile: Annotated[bool, Flag("--compile")] = False
     """Compile the model with torch.compile."""
@@ -79,23 +79,23 @@ class TrainSection(Section):
     """Ask torch for deterministic kernels, so that resume is bit-exact on a GPU too."""
     patience: Annotated[int, Flag("--patience"), Field(ge=0)] = 0
     """Epochs without a better validation score before stopping early; 0 never stops early."""
-    max_time: Annotated[str, Flag("--max-time")] = ""
+    max_time: Annotated[str, Flag("--max-time"), Free()] = ""
     """Save and stop, resumable, after this long, for instance 3h50m; empty for no limit."""
-    log_every: Annotated[int, Field(ge=0)] = 50
+    log_every: Annotated[int, Free(), Field(ge=0)] = 50
     """Updates between rows of running means in metrics.csv; 0 writes rows at epoch ends only."""
-    save_minutes: Annotated[float, Field(ge=0)] = 5.0
+    save_minutes: Annotated[float, Free(), Field(ge=0)] = 5.0
     """Minutes between checkpoints of the training state; 0 saves after every update."""
-    keep: Annotated[int, Field(ge=2)] = 2
+    keep: Annotated[int, Free(), Field(ge=2)] = 2
     """Newest checkpoints of the training state to keep, beside the best."""
-    tensorboard: bool = True
+    tensorboard: Annotated[bool, Free()] = True
     """Write TensorBoard event files into the run folder."""
-    wandb: Annotated[bool, Flag("--use-wandb")] = False
+    wandb: Annotated[bool, Flag("--use-wandb"), Free()] = False
     """Log to Weights & Biases as well (extra `wandb`; WANDB_MODE=offline is honoured)."""
-    wandb_project: Annotated[str, Flag("--wandb-project")] = ""
+    wandb_project: Annotated[str, Flag("--wandb-project"), Free()] = ""
     """Project there; empty for moectl and the name of the system."""
-    wandb_entity: Annotated[str, Flag("--wandb-entity")] = ""
+    wandb_entity: Annotated[str, Flag("--wandb-entity"), Free()] = ""
     """User or team there; empty for your own."""
-    wandb_name: Annotated[str, Flag("--wandb-name")] = ""
+    wandb_name: Annotated[str, Flag("--wandb-name"), Free()] = ""
     """Name of the run there; empty for that of the run folder."""
 
     @field_validator("max_time")

@@ -37,6 +37,19 @@ class Flag:
         self.names = names
 
 
+class Free:
+    """Marks a field that cannot change the result of a run, so that it may change on resume.
+
+    A room that gives such a field another default need not mark it again.
+
+    Args:
+        grows: it may only be raised: the result so far stays, and more is added.
+    """
+
+    def __init__(self, *, grows: bool = False) -> None:
+        self.grows = grows
+
+
 class Section(BaseModel):
     """One table of settings, for instance `[optim]`."""
 
@@ -81,6 +94,9 @@ class Settings(BaseSettings):
 
 S = TypeVar("S", bound=Settings)
 
+RUN = "run"
+"""The origin of values that the settings.toml of a run has set."""
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -91,15 +107,20 @@ class Layer:
 
 
 def resolve(
-    cls: type[S], flags: Mapping[str, Any], assignments: Sequence[str], files: Sequence[Path]
+    cls: type[S],
+    flags: Mapping[str, Any],
+    assignments: Sequence[str],
+    files: Sequence[Path],
+    stored: Path | None = None,
 ) -> tuple[S, dict[str, str]]:
-    """Lay command line over environment over TOML files over defaults.
+    """Lay command line over environment over TOML files over those of a run over defaults.
 
     Args:
         cls: the settings class of the system.
         flags: values of typed options by dotted key.
         assignments: `key=value` texts of `--set`.
         files: TOML files, later ones win.
+        stored: the settings.toml of the run that is read or gone on with.
 
     Returns:
         The settings, and for every dotted key the place its value came from.
@@ -107,7 +128,8 @@ def resolve(
     Raises:
         UserError: naming every key that is unknown or out of range, and where it was set.
     """
-    layers = [Layer(path.name, read_toml(path)) for path in files]
+    layers = [Layer(RUN, read_toml(stored))] if stored else []
+    layers += [Layer(path.name, read_toml(path)) for path in files]
     layers.append(_environment(cls))
     layers.extend(_command_line(cls, flags, assignments))
     tree = defaults(cls)
@@ -119,9 +141,16 @@ def resolve(
     try:
         return cls(**tree), origin
     except ValidationError as error:
+        places = {key: str(stored) if place == RUN else place for key, place in origin.items()}
         raise UserError(
-            explain(cls, error, origin), "moectl presets show ROOM lists every key"
+            explain(cls, error, places), f"moectl presets show {room_of(cls)} lists every key"
         ) from None
+
+
+def room_of(cls: type[Settings]) -> str:
+    """Return the name of a system: its settings' variables begin with it."""
+    prefix = str(cls.model_config.get("env_prefix", ""))
+    return prefix.removeprefix(ENVIRONMENT).strip("_").lower()
 
 
 def _environment(cls: type[Settings]) -> Layer:
@@ -194,6 +223,31 @@ def fields(cls: type[Settings]) -> dict[str, FieldInfo]:
     }
 
 
+def free(cls: type[Settings]) -> dict[str, Free]:
+    """Return the marks of the fields that may change when a run is resumed, by dotted key."""
+    return {
+        f"{section}.{name}": mark
+        for section, outer in cls.model_fields.items()
+        for base in reversed(section_class(outer).__mro__)
+        if issubclass(base, BaseModel)
+        for name, field in base.model_fields.items()
+        for mark in field.metadata
+        if isinstance(mark, Free)
+    }
+
+
+def flag_of(info: FieldInfo) -> Flag | None:
+    """Return the mark of a field that has an option of its own."""
+    return next((item for item in info.metadata if isinstance(item, Flag)), None)
+
+
+def option_names(key: str, info: FieldInfo) -> list[str]:
+    """Return the names of a flagged field's option, its own name first; none without a flag."""
+    flag = flag_of(info)
+    plain = f"--{key.rpartition('.')[2].replace('_', '-')}"
+    return list(flag.names or (plain,)) if flag else []
+
+
 def section_class(field: FieldInfo) -> type[Section]:
     """Return the Section class of a field of the root."""
     return cast("type[Section]", field.annotation)
@@ -250,21 +304,42 @@ def explain(cls: type[Settings], error: ValidationError, origin: Mapping[str, st
 
 def _lines(cls: type[Settings], error: ValidationError, origin: Mapping[str, str]) -> Iterator[str]:
     known = fields(cls)
-    for entry in error.errors():
-        key = ".".join(str(part) for part in entry["loc"])
-        below = (name for name in origin if name.startswith(f"{key}."))
-        names = (key, ".".join(key.split(".")[:2]), *below)
-        places = (origin.get(name, "default") for name in names)
-        place = next((f"{place}: " for place in places if place != "default"), "")
+    entries = [(_key(entry["loc"]), entry) for entry in error.errors()]
+    wrong_items = {key for key, entry in entries if _is_item(entry["loc"])}
+    for key, entry in entries:
+        place = _place(key, origin)
         start = f"{place}{key}"
+        if place == "flag: ":
+            place, start = "", _option(key, known)
         if entry["type"] == "extra_forbidden":
             choices = known if "." in key else list(cls.model_fields)
             yield f"{start}: no such setting{nearest(key, choices)}"
         elif entry["type"] == "value_error":
             # A rule over a whole section names its own keys.
-            yield f"{place}{key + ': ' if key in known else ''}{entry['ctx']['error']}"
-        else:
+            yield f"{start + ': ' if key in known else place}{entry['ctx']['error']}"
+        elif entry["type"] != "too_short" or key not in wrong_items:
             yield f"{start} = {entry['input']!r}: {entry['msg'][0].lower()}{entry['msg'][1:]}"
+
+
+def _option(key: str, known: Mapping[str, FieldInfo]) -> str:
+    return next(iter(option_names(key, known[key])), key) if key in known else key
+
+
+def _key(location: Sequence[int | str]) -> str:
+    """Return the dotted key of an error; that of the whole list for one of its items."""
+    return ".".join(str(part) for part in location[: -1 if _is_item(location) else None])
+
+
+def _is_item(location: Sequence[int | str]) -> bool:
+    return isinstance(next(reversed(location), ""), int)
+
+
+def _place(key: str, origin: Mapping[str, str]) -> str:
+    """Return `PLACE: ` of where a key, or else something below it, was set."""
+    below = (name for name in origin if name.startswith(f"{key}."))
+    names = (key, ".".join(key.split(".")[:2]), *below)
+    places = (origin.get(name, "default") for name in names)
+    return next((f"{place}: " for place in places if place != "default"), "")
 
 
 def _variable(cls: type[Settings], key: str) -> str:

@@ -7,7 +7,7 @@ import typer
 
 from moectl.engine import console
 from moectl.engine.command import Request, command, open_run, show_run
-from moectl.engine.errors import RunFailed, UserError
+from moectl.engine.errors import RunFailed
 from moectl.taskmoe.settings import TaskmoeSettings
 
 _TRAINED = ("data", "model", "optim", "schedule", "train")
@@ -93,8 +93,9 @@ def specialist(request: Request) -> None:
 
 @command(
     TaskmoeSettings,
-    ("data", "model", "merge"),
+    ("data", "model", "merge", "train.seed"),
     train=True,
+    resumes=False,
     dropped=_DROPPED,
     without=("data.augment",),
 )
@@ -109,8 +110,6 @@ def merge(
     from moectl.taskmoe.report import report
     from moectl.taskmoe.stages import merge as run_merge
 
-    if request.folder:
-        raise UserError("a merge is made anew, it does not go on with one", "leave --resume out")
     references = [part for part in specialists.split(",") if part]
     with open_run(request) as run:
         document = run_merge(run.settings, run, references, submodels_dir)
@@ -202,6 +201,7 @@ def eval_(  # noqa: PLR0913 - the options of a command
     dropped=_DROPPED,
     reads=_MIXTURES,
     standalone=("checkpoint",),
+    without=("eval.num_samples", "eval.seed"),
 )
 def analyze(
     request: Request,
@@ -221,7 +221,14 @@ def analyze(
 plot = analyze
 
 
-@command(TaskmoeSettings, ("eval",), train=False, dropped=_DROPPED, reads=("train",))
+@command(
+    TaskmoeSettings,
+    ("eval",),
+    train=False,
+    dropped=_DROPPED,
+    reads=("train",),
+    without=("eval.num_samples",),
+)
 def compare(
     request: Request,
     task: _Task = "",
@@ -246,6 +253,7 @@ def compare(
     dropped=_DROPPED,
     reads=_MIXTURES,
     standalone=("checkpoint",),
+    without=("eval.num_samples", "eval.seed"),
 )
 def predict(
     request: Request,

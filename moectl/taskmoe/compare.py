@@ -14,12 +14,12 @@ from torch import Tensor
 
 from moectl.common.intervals import paired, wilson
 from moectl.engine import console
-from moectl.engine.command import RESUMABLE, Request
+from moectl.engine.command import Request
 from moectl.engine.errors import UserError
 from moectl.engine.files import csv_text, is_file, write_json, write_text
 from moectl.engine.inference import predict
 from moectl.engine.references import finished_runs
-from moectl.engine.settings import dump, flatten, from_toml
+from moectl.engine.settings import dump, flatten, free, from_toml
 from moectl.engine.sources import Source
 from moectl.taskmoe.baselines import own_accuracy, routing, union_logits
 from moectl.taskmoe.inference import Opened, examine, for_task, open_mixture
@@ -275,7 +275,8 @@ def _seeds(opened: Opened) -> dict[str, Any]:
 
 def _recipe(settings: TaskmoeSettings, *without: str) -> dict[str, Any]:
     """Return the settings that shape a result, but for the seed and some tables."""
-    irrelevant = {*RESUMABLE, "train.seed"} - {"train.epochs"}
+    marks = free(TaskmoeSettings)
+    irrelevant = {"train.seed", *(key for key, mark in marks.items() if not mark.grows)}
     return {
         name: value
         for name, value in flatten(dump(settings)).items()

@@ -132,8 +132,7 @@ def _as_trained(request: Request, facts: dict[str, Any], path: Path) -> TaskmoeS
 
 def _asked(request: Request) -> list[str]:
     """Return the keys that were set for this command, not by the run."""
-    kept = ("default", "settings.toml")
-    return [key for key, place in request.origin.items() if place not in kept]
+    return [key for key in request.origin if request.names(key)]
 
 
 def _data_of(settings: TaskmoeSettings, facts: dict[str, Any], file: str) -> Data:
@@ -182,7 +181,7 @@ def _resolved(request: Request, folder: Path) -> TaskmoeSettings:
     """Return the settings of a run, with what the request itself asks for on top."""
     values = flatten(dump(request.settings))
     asked = {key: values[key] for key in _asked(request)}
-    return resolve(TaskmoeSettings, asked, [], [folder / "settings.toml"])[0]
+    return resolve(TaskmoeSettings, asked, [], [], folder / "settings.toml")[0]
 
 
 def examine(

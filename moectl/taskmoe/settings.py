@@ -7,7 +7,7 @@ from pydantic import Field, field_validator, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from moectl.engine.sections import OptimSection, ScheduleSection, TrainSection
-from moectl.engine.settings import Flag, Section, Settings
+from moectl.engine.settings import Flag, Free, Section, Settings
 
 
 class DataSection(Section):
@@ -15,7 +15,7 @@ class DataSection(Section):
 
     task: Annotated[str, Flag("--task")] = "A"
     """`A`, `B`, `digits`, `digits_overlap`, or the manifest.toml of another task."""
-    root: Annotated[Path, Flag("--data-dir", "--root")] = Path("data")
+    root: Annotated[Path, Flag("--data-dir", "--root"), Free()] = Path("data")
     """Folder with TaskA and TaskB; `taskmoe data build` writes them."""
     label_map: Annotated[Literal["global", "offset"], Flag("--label-map")] = "global"
     """Classes in the order of their original ids, or specialist after specialist."""
@@ -27,7 +27,7 @@ class DataSection(Section):
     """Share of every class of the training images that selects the best epoch."""
     split_seed: Annotated[int, Flag("--split-seed"), Field(ge=0)] = 100
     """Seed of the choice of these images; the same for specialists, merge and training."""
-    allow_pickle: Annotated[bool, Flag("--allow-pickle")] = False
+    allow_pickle: Annotated[bool, Flag("--allow-pickle", "--trust-pickle")] = False
     """Read data files that hold more than tensors and plain types; they may run code."""
 
     @field_validator("task")
@@ -142,7 +142,9 @@ class TaskmoeTrain(TrainSection):
     """Seed of the initial weights, the order of the samples and every random choice."""
     patience: Annotated[int, Flag("--patience"), Field(ge=0)] = 20
     """Epochs without a better validation score before stopping early; 0 never stops early."""
-    expert_analysis_interval: Annotated[int, Flag("--expert-analysis-interval"), Field(ge=0)] = 10
+    expert_analysis_interval: Annotated[
+        int, Flag("--expert-analysis-interval"), Free(), Field(ge=0)
+    ] = 10
     """Epochs between analyses of the experts; 0 for none."""
     freeze_extractor_epochs: Annotated[int, Flag("--freeze-extractor-epochs"), Field(ge=0)] = 0
     """Epochs at the start in which the shared layers stay as merged."""
@@ -162,11 +164,11 @@ class EvalSection(Section):
 
     batch_size: Annotated[int, Flag("--batch-size"), Field(ge=1)] = 256
     """Images per forward pass."""
-    num_samples: Annotated[int, Flag("--num-samples"), Field(ge=0)] = 10
+    num_samples: Annotated[int, Flag("--num-samples"), Free(), Field(ge=0)] = 10
     """Classes with an image in the picture of sample predictions."""
-    seed: Annotated[int, Flag("--seed"), Field(ge=0)] = 100
+    seed: Annotated[int, Flag("--seed"), Free(), Field(ge=0)] = 100
     """Seed of the choice of these images, and of resampling."""
-    bootstrap: Annotated[int, Field(ge=0)] = 1000
+    bootstrap: Annotated[int, Free(), Field(ge=0)] = 1000
     """Resamples behind intervals; 0 gives none."""
 
 

@@ -20,7 +20,7 @@ from moectl.engine.errors import RunFailed, UserError
 from moectl.engine.launch import choose_threads, cores, offline
 from moectl.engine.run import runs_root
 from moectl.engine.sections import OptimSection, ScheduleSection, TrainSection
-from moectl.engine.settings import Settings, resolve, unknown_variables
+from moectl.engine.settings import ENVIRONMENT, Settings, resolve, unknown_variables
 from moectl.tools.rooms import rooms, settings_class
 
 if TYPE_CHECKING:
@@ -139,12 +139,17 @@ def runs_folder() -> Iterator[Finding]:
 
 def variables() -> Iterator[Finding]:
     """The environment variables that set something, and those that only seem to."""
-    unknown = unknown_variables([settings_class(room) for room in rooms()])
+    classes = {room: settings_class(room) for room in rooms()}
+    unknown = unknown_variables(list(classes.values()))
     active = [name for name in sorted(os.environ) if name.upper().startswith("MOECTL_")]
     known = [f"{name}={os.environ[name]}" for name in active if name.upper() not in unknown]
     yield Finding("ok", "variables", ", ".join(known) or "no MOECTL_… set")
     for name in unknown:
-        remedy = "moectl presets show ROOM lists the settings: MOECTL_ROOM__SECTION__NAME"
+        room = name.upper().removeprefix(ENVIRONMENT).partition("__")[0].lower()
+        room = room if room in classes else "ROOM"
+        remedy = (
+            f"moectl presets show {room} lists the settings: MOECTL_{room.upper()}__TABLE__NAME"
+        )
         yield Finding("warn", "variables", f"{name} sets nothing", remedy)
 
 

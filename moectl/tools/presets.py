@@ -20,6 +20,7 @@ from moectl.engine.settings import (
     nest,
     to_annotated_toml,
 )
+from moectl.engine.toml import read_toml
 from moectl.tools.rooms import check_room, rooms, settings_class
 
 Json = Annotated[bool, typer.Option("--json", help="The result as one JSON document on stdout.")]
@@ -67,6 +68,9 @@ def validate(
     paths: Annotated[
         list[Path] | None, typer.Argument(help="Files or folders; all known presets if none.")
     ] = None,
+    room: Annotated[
+        str, typer.Option("--room", help="The system of files that do not say it themselves.")
+    ] = "",
     as_json: Json = False,
 ) -> None:
     """Check preset files."""
@@ -74,7 +78,8 @@ def validate(
     found = _preset_files(paths or [root for root in files.roots() if root.is_dir()])
     if not found:
         raise UserError("no preset files found", "give a TOML file or a folder that holds some")
-    problems = {str(path): lines for path in found if (lines := check(path))}
+    room = check_room(room) if room else ""
+    problems = {str(path): lines for path in found if (lines := check(path, room))}
     document = {"checked": [str(path) for path in found], "problems": problems}
     if as_json or not problems:
         plural = "s" if len(found) > 1 else ""
@@ -82,7 +87,9 @@ def validate(
     if problems:
         lines = [f"{path}: {line}" for path, lines in problems.items() for line in lines]
         count = f"{len(problems)} of {len(found)} presets are wrong"
-        raise UserError("\n".join([count, *lines]))
+        unclear = any("which system" in line for line in lines)
+        hint = "--room ROOM says for which system files are" if unclear else ""
+        raise UserError("\n".join([count, *lines]), hint)
 
 
 def copy(
@@ -122,22 +129,36 @@ def schema(
     console.result(settings_class(room).model_json_schema(), "")
 
 
-def check(path: Path) -> list[str]:
-    """Return what is wrong with a preset file, one line each; nothing if it is fine."""
+def check(path: Path, room: str = "") -> list[str]:
+    """Return what is wrong with a preset file, one line each; nothing if it is fine.
+
+    Files that are found by name, which are those in a folder of presets, need a header.
+
+    Args:
+        path: the file.
+        room: its system, if neither its folder nor its header says it.
+    """
     preset = Preset(path.resolve().parent.name, path.stem, path)
     problems: list[str] = []
     try:
+        read_toml(path)  # what cannot be read has no other problem
         files.check_name(preset.name, "preset")
-        header = _header(preset)
-        problems += [f"has no line `# {word}: …`" for word in HEADER if not header.get(word)]
-        if header.get("command") and not _names(header["command"], preset):
-            problems.append(f"`# command:` does not name {preset.name}: {header['command']}")
-        from_toml(settings_class(_room_of(preset)), path)
+        if any(path.resolve().is_relative_to(root.resolve()) for root in files.roots()):
+            problems += _header_problems(preset)
+        from_toml(settings_class(_room_of(preset, room)), path)
     except UserError as error:
         problems += [
             line.removeprefix(f"{path}: ").removeprefix(f"{path.name}: ")
             for line in error.message.splitlines()
         ]
+    return problems
+
+
+def _header_problems(preset: Preset) -> list[str]:
+    header = _header(preset)
+    problems = [f"has no line `# {word}: …`" for word in HEADER if not header.get(word)]
+    if header.get("command") and not _names(header["command"], preset):
+        problems.append(f"`# command:` does not name {preset.name}: {header['command']}")
     return problems
 
 
@@ -170,18 +191,18 @@ def _names(command: str, preset: Preset) -> bool:
     return any(word in names or Path(word).name == preset.path.name for word in _words(command))
 
 
-def _room_of(preset: Preset) -> str:
+def _room_of(preset: Preset, otherwise: str = "") -> str:
     """Return the system of a preset: its folder says, or, elsewhere, its command."""
     if preset.room in rooms():
         return preset.room
     words = _words(_header(preset).get("command", ""))
     named = [word for word in words if word in rooms()]
-    if not named:
+    if not named and not otherwise:
         raise UserError(
             f"{preset.path}: cannot tell which system this is for",
             f"put it into a folder named {', '.join(rooms())}, or add `# command: moectl ROOM …`",
         )
-    return named[0]
+    return (named or [otherwise])[0]
 
 
 def _renamed(text: str, preset: Preset, target: Path) -> str:

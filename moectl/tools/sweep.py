@@ -8,18 +8,17 @@ from typing import Annotated, Any
 import typer
 
 from moectl.engine import console
-from moectl.engine.command import RESUMABLE
 from moectl.engine.errors import Interrupted, RunFailed, UserError
 from moectl.engine.files import is_folder
+from moectl.engine.settings import free
 from moectl.engine.signals import StopRequest
 from moectl.engine.tracking import loads_or_none
+from moectl.tools.rooms import settings_class
 from moectl.tools.sweep_cells import Attendant, alone
 from moectl.tools.sweep_plan import Plan, read_plan
 from moectl.tools.sweep_table import chosen, collect, report, tables, write
 
 _LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "ACCELERATE_MIXED_PRECISION")
-_FREE = frozenset(key for key in RESUMABLE if not key.startswith(("train.epochs", "eval.")))
-"""Settings that may change while a sweep is under way, for they change no score."""
 
 
 def sweep(
@@ -116,10 +115,17 @@ def _check_kept(plan: Plan) -> None:
     if kept["command"] != plan.command:
         message = f"{plan.folder}: begun with {kept['command']!r}, not {plan.command!r}"
         raise UserError(message, hint)
+    room = plan.command.split()[0]
+    # Scores may depend on how they are measured, and on longer trainings.
+    harmless = {
+        key
+        for key, mark in free(settings_class(room)).items()
+        if not mark.grows and not key.startswith("eval.")
+    }
     changed = [
         f"{key} = {value!r} (the sweep has {kept['settings'][key]!r})"
         for key, value in plan.settings.items()
-        if key not in _FREE and key in kept["settings"] and kept["settings"][key] != value
+        if key not in harmless and key in kept["settings"] and kept["settings"][key] != value
     ]
     if changed:
         raise UserError(f"{plan.folder}: begun with other settings: {', '.join(changed)}", hint)

@@ -47,7 +47,7 @@ def test_a_dry_run_knows_cifar_without_its_files(capsys):
 
 
 def test_a_dry_run_without_data_shows_the_settings_all_the_same(capsys):
-    assert _run(["balpoe", "train", "-p", "imagenet_lt_r50", "-n", "--json"]) == 0
+    assert _run(["balpoe", "train", "-p", "imagenet_lt_r50", "-n", "--json"]) == 2
     document = json.loads(capsys.readouterr().out)
     assert document["settings"]["model.arch"]["value"] == "resnet50"
     assert "data" in document["size"]["size unknown"]

@@ -1,9 +1,12 @@
+import logging
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torchvision import transforms
 
+from moectl.balpoe import lists
 from moectl.balpoe.data import load
 from moectl.balpoe.lists import read_image, read_list
 from moectl.balpoe.settings import DataSection
@@ -209,26 +212,48 @@ def test_empty_and_binary_lists_are_named(folder):
 
 
 def test_a_wrong_image_folder_is_noticed_at_once(folder):
-    with pytest.raises(UserError, match=r"train0\.png is missing") as caught:
+    with pytest.raises(UserError, match=r"train\.txt, line 1: .*train0\.png: no such") as caught:
         load(section(folder, images=folder), 1)
     assert "folder of images" in caught.value.hint
 
 
-@pytest.mark.parametrize("damage", ["text", "cut", "gone"])
-def test_an_unreadable_image_is_named(folder, damage):
+@pytest.mark.parametrize(("damage", "problem"), [("text", "not a readable"), ("gone", "no such")])
+@pytest.mark.parametrize("name", ["train", "test"])
+def test_a_file_that_is_no_image_is_named_before_the_training(folder, name, damage, problem):
+    path = folder / f"images/class 1/{name}1.png"
+    path.write_text("no image")
+    if damage == "gone":
+        path.unlink()
+    lines = (folder / f"{name}.txt").read_text().splitlines()
+    line = lines.index(f"class 1/{name}1.png 1") + 2
+    (folder / f"{name}.txt").write_text("\n" + "\n".join(lines))
+    with pytest.raises(UserError) as caught:
+        load(section(folder), 1)
+    assert caught.value.message == f"{folder}/{name}.txt, line {line}: {path}: {problem} image"
+
+
+def test_an_image_that_is_cut_off_is_named_when_it_is_read(folder):
     path = folder / "images/class 1/train1.png"
-    match damage:
-        case "text":
-            path.write_text("no image")
-        case "cut":
-            path.write_bytes(path.read_bytes()[:200])
-        case "gone":
-            path.unlink()
+    path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(UserError) as caught:
         labels(load(section(folder), 1).train)
-    lines = folder / "train.txt"
-    gone = f"{lines}: {path} is missing"  # noticed at once, not in the last epoch
-    assert caught.value.message == (gone if damage == "gone" else f"{path}: not a readable image")
+    assert caught.value.message == f"{path}: not a readable image"
+
+
+def test_the_first_of_many_unreadable_files_is_named(folder, monkeypatch):
+    monkeypatch.setattr(lists, "_PART", 2)
+    for number in (1, 3):
+        (folder / f"images/class 0/train{number}.png").write_text("no image")
+    with pytest.raises(UserError, match=r"train\.txt, line 2: .*train1\.png"):
+        load(section(folder), 1)
+
+
+@pytest.mark.parametrize("change", [{}, {"imbalance_ratio": 10.0}, {"profile": "step"}])
+def test_settings_that_do_nothing_with_lists_are_named(folder, caplog, change):
+    logging.getLogger("moectl").propagate = True
+    load(section(folder, **change), 1)
+    said = [f"data.{name} does nothing with list files: their counts are 4 to 1" for name in change]
+    assert [record.getMessage() for record in caplog.records] == said
 
 
 def test_sixteen_bits_are_scaled_not_cut_off(tmp_path):

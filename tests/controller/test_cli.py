@@ -138,14 +138,14 @@ def test_a_profile_prints_its_folder_and_gives_tables(controller: Call, isolated
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("grpo --group-size 1", "grpo.group_size = 1"),
+        ("grpo --group-size 1", "--group-size = 1"),
         ("grpo --budget-min 400", "budget.low = 400.0 is above budget.high = 380.0"),
         ("grpo --reward sum", "--reward"),
         ("grpo --latency-source flops --objective ttft", "latency.objective = ttft must be total"),
-        ("grpo --dataset imagenet", "data.dataset"),
+        ("grpo --dataset imagenet", "--dataset"),
         ("grpo --preset huge", "huge"),
         ("grpo --set grpo.groupsize=3", "did you mean grpo.group_size?"),
-        ("grpo --num-epochs 0", "train.epochs"),
+        ("grpo --num-epochs 0", "--epochs = 0"),
         ("grpo --resume nowhere", "nowhere: no such run"),
         ("grpo extra", "extra"),
         ("grpo --model sim --tables nowhere --out run", "nowhere"),
@@ -156,8 +156,8 @@ def test_a_profile_prints_its_folder_and_gives_tables(controller: Call, isolated
         ("grpo --model sim --importance gone.json --out run", "gone.json: cannot be read"),
         ("profile --model sim --method bi --out run", "profile.method = bi needs a network"),
         ("profile --model sim --top-ks 3 --out run", "profile.top_ks: 3: expected some of"),
-        ("profile --what all", "profile.what"),
-        ("profile --plans 2", "profile.plans = 2"),
+        ("profile --what all", "--what = 'all'"),
+        ("profile --plans 2", "--plans = 2"),
         ("profile --tables x", "--tables"),
     ],
 )

@@ -222,7 +222,7 @@ def test_files_with_more_than_tensors_need_trust():
     torch.save({"model": encoder(given), "args": argparse.Namespace(lr=1.0)}, "weights.pth")
     with pytest.raises(UserError, match="is not read for safety") as refusal:
         build_backbone("medmae", "weights.pth")
-    assert "--trust-pickle" in refusal.value.hint
+    assert "--allow-pickle" in refusal.value.hint
     backbone = build_backbone("medmae", "weights.pth", trust_pickle=True)
     assert torch.equal(backbone(pictures()), given(pictures()))
 

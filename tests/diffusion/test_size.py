@@ -72,5 +72,5 @@ def test_missing_images_are_said_and_settings_shown(tmp_path, diffusion):
     code, out, _ = diffusion(
         "train", "--data", "folder", "--data-dir", "gone", "--dry-run", "--json"
     )
-    assert code == 0
+    assert code == 2
     assert json.loads(out)["size"] == {"size unknown": "gone: no such folder"}

@@ -96,6 +96,16 @@ def test_other_refusals(tmp_path: Path) -> None:
             artefact.load(tmp_path / "a.pth")
 
 
+@pytest.mark.parametrize("text", ["epoch loss\n1 0.5\n", "x", "\n" * 50, "I1\n."])
+def test_what_is_wrong_with_a_file_is_said_without_names_of_python(
+    tmp_path: Path, text: str
+) -> None:
+    (tmp_path / "tr.txt").write_text(text)
+    with pytest.raises(UserError, match=r"tr\.txt: ") as caught:
+        artefact.load(tmp_path / "tr.txt")
+    assert "Error" not in caught.value.message
+
+
 def test_allowed_names_may_be_read_and_no_others(tmp_path: Path) -> None:
     import numpy as np
 

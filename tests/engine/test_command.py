@@ -4,16 +4,17 @@ import inspect
 import json
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import pytest
 import typer
 from typer.testing import CliRunner
 
 from moectl.engine import console
-from moectl.engine.command import RESUMABLE, Request, command, show_run
+from moectl.engine.command import Request, command, show_run
 from moectl.engine.errors import UserError
-from moectl.engine.settings import fields, to_toml
+from moectl.engine.settings import fields, free, to_toml
+from moectl.tools.rooms import settings_class
 
 
 @pytest.fixture
@@ -75,7 +76,12 @@ def stored(toy: ModuleType, name: str, status: str = "interrupted", **changes: A
     folder.mkdir(parents=True)
     (folder / "settings.toml").write_text(to_toml(toy.settings(**changes)))
     record = {"name": name.rpartition("-")[0], "status": status, "started": name, "room": "toy"}
-    record |= {"threads": 1, "precision": "no", "checkpoint": {"latest": "update-00000001"}}
+    record |= {
+        "command": "train",
+        "threads": 1,
+        "precision": "no",
+        "checkpoint": {"latest": "update-00000001"},
+    }
     (folder / "run.json").write_text(json.dumps(record))
     return folder
 
@@ -131,12 +137,100 @@ def test_dry_run_shows_every_setting_and_does_nothing(run: Any, toy: ModuleType)
     assert all(key in table for key in fields(toy.ToySettings))
 
 
+def test_a_dry_run_without_the_data_shows_the_settings_and_is_an_error(
+    toy: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def size(_: Any) -> dict[str, Any]:
+        raise UserError("data: no such folder")
+
+    @command(toy.ToySettings, ("optim",), train=True, size=size)
+    def train(request: Request) -> None:
+        """Train."""
+
+    app = typer.Typer()
+    app.command()(train)
+    result = CliRunner().invoke(app, ["--dry-run", "--json"])
+    assert isinstance(result.exception, UserError)
+    document = json.loads(result.stdout)
+    assert document["settings"]["optim.lr"]["value"] == 0.05
+    assert document["size"] == {"size unknown": "data: no such folder"}
+
+
+def options_of(function: Any) -> dict[str, Any]:
+    return {
+        name: get_args(parameter.annotation)[-1]
+        for name, parameter in inspect.signature(function).parameters.items()
+    }
+
+
+def test_a_single_field_may_be_an_option(toy: ModuleType) -> None:
+    @command(toy.ToySettings, ("optim", "train.seed"), train=True, resumes=False)
+    def make(request: Request) -> None:
+        """Make."""
+
+    options = options_of(make)
+    assert {name for name in options if name.startswith("train__")} == {"train__seed"}
+    assert {"optim__lr", "name", "out"} <= set(options)
+    assert "resume" not in options
+
+
+def test_the_default_of_a_command_that_reads_a_run_is_the_runs(toy: ModuleType) -> None:
+    def nothing(request: Request) -> None:
+        """Nothing."""
+
+    for train, default in ((False, "the run's."), (True, "0.1.")):
+        options = options_of(command(toy.ToySettings, ("optim",), train=train)(nothing))
+        assert options["optim__lr"].help.endswith(f"Default: {default}")
+
+
 def test_resume_takes_the_settings_of_the_run(run: Any, toy: ModuleType) -> None:
     folder = stored(toy, "x-1", optim__lr=0.7)
     request = run("train", "--resume", "x-1")
     assert request.settings.optim.lr == 0.7
     assert request.folder == folder
-    assert request.origin["optim.lr"] == "settings.toml"
+    assert request.origin["optim.lr"] == "run"
+    assert not request.names("optim.lr")
+    assert run("train", "--resume", "x-1", "--lr", "0.7").names("optim.lr")
+
+
+def test_a_file_named_as_a_runs_settings_counts_as_asked_for(run: Any, toy: ModuleType) -> None:
+    stored(toy, "x-1", "finished", optim__lr=0.7)
+    other = stored(toy, "y-1", "finished", optim__lr=0.6) / "settings.toml"
+    request = run("look", "--run", "x-1", "-p", str(other))
+    assert (request.settings.optim.lr, request.names("optim.lr")) == (0.6, True)
+
+
+def test_resume_latest_is_the_newest_run_of_the_command(run: Any, toy: ModuleType) -> None:
+    folder = stored(toy, "x-1")
+    other = stored(toy, "y-2")
+    record = json.loads((other / "run.json").read_text())
+    (other / "run.json").write_text(json.dumps({**record, "command": "import"}))
+    assert run("train", "--resume", "latest").folder == folder
+
+
+@pytest.mark.parametrize("reference", ["runs/other/q-1", "other/q-1", "other/latest"])
+@pytest.mark.parametrize("words", [("train", "--resume"), ("look", "--run")])
+def test_a_run_of_another_system_is_refused_in_one_line(
+    run: Any, toy: ModuleType, words: tuple[str, str], reference: str
+) -> None:
+    folder = Path("runs/other/q-1")
+    folder.mkdir(parents=True)
+    (folder / "settings.toml").write_text("[nothing]\nx = 1\n")
+    record = {"status": "finished", "started": "1", "room": "other", "command": "train"}
+    (folder / "run.json").write_text(json.dumps(record))
+    (folder / "w.pth").touch()
+    refused = r"^runs/other/q-1: a run of other, expected one of toy$"
+    with pytest.raises(UserError, match=refused):
+        run(*words, reference)
+    with pytest.raises(UserError, match=refused):
+        run("look", "--run", str(folder / "w.pth"))
+
+
+def test_a_spoilt_settings_file_of_a_run_is_named(run: Any, toy: ModuleType) -> None:
+    path = stored(toy, "x-1", "finished") / "settings.toml"
+    path.write_text("[optim]\nlr = -1\n")
+    with pytest.raises(UserError, match=r"^runs/toy/x-1/settings\.toml: optim\.lr = -1: "):
+        run("look", "--run", "x-1")
 
 
 def test_resume_refuses_other_settings_and_lists_them(run: Any, toy: ModuleType) -> None:
@@ -208,7 +302,7 @@ def test_resume_and_out_exclude_each_other(run: Any, toy: ModuleType) -> None:
 
 def test_resume_of_nothing_is_refused(run: Any) -> None:
     for reference in ("none", "latest", "n" * 300, "toy/none", "../../x"):
-        with pytest.raises(UserError, match=r"no such run|no run of"):
+        with pytest.raises(UserError, match=r"no such run|no train run of"):
             run("train", "--resume", reference)
 
 
@@ -290,13 +384,25 @@ def test_a_reading_command_has_neither_name_nor_folder_of_its_own(
     assert (request.name, request.out, request.resume) == ("look", None, "")
 
 
-def test_resumable_keys_exist_in_some_system() -> None:
+def test_how_often_files_are_written_may_change_on_resume() -> None:
     from moectl.balpoe.settings import BalpoeSettings
-    from moectl.csr.settings import CsrSettings
-    from moectl.taskmoe.settings import TaskmoeSettings
+    from moectl.diffusion.settings import DiffusionSettings
 
-    systems = (BalpoeSettings, CsrSettings, TaskmoeSettings)
-    assert set(RESUMABLE) <= {key for system in systems for key in fields(system)}
+    marks = free(DiffusionSettings)
+    assert {"train.save_every", "train.sample_every", "train.log_every"} <= set(marks)
+    assert "train.save_period" in free(BalpoeSettings)
+    assert [key for key, mark in marks.items() if mark.grows] == ["train.epochs"]
+
+
+@pytest.mark.parametrize("room", ["balpoe", "csr", "controller", "taskmoe", "diffusion"])
+def test_what_shapes_a_result_may_not_change_on_resume(room: str) -> None:
+    settings = settings_class(room)
+    learnt = ("optim", "model", "loss", "schedule", "process", "policy", "reward", "grpo", "gate")
+    marks = free(settings)
+    assert set(marks) <= set(fields(settings))
+    assert not [key for key in marks if key.startswith(learnt)]
+    assert {"train.seed", "train.batch_size", "train.precision"}.isdisjoint(marks)
+    assert {"train.epochs", "train.threads", "train.keep"} <= set(marks)
 
 
 def test_the_wrapped_function_keeps_its_name_and_text(toy: ModuleType) -> None:

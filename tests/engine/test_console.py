@@ -3,11 +3,13 @@
 import json
 import logging
 import os
+import sys
 from pathlib import Path
 
 import pytest
 
 from moectl.engine import console
+from moectl.engine.errors import RunFailed
 
 
 def test_result_is_text_or_json_but_never_both(capsys: pytest.CaptureFixture[str]) -> None:
@@ -40,6 +42,28 @@ def test_cells_show_their_text_as_it_is(capsys: pytest.CaptureFixture[str]) -> N
     console.setup()
     console.result({}, console.table(("name",), [("[1, 2] [red]x[/red] :smile:",)]))
     assert "[1, 2] [red]x[/red] :smile:" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("as_json", [True, False])
+def test_a_result_that_cannot_be_written_is_a_failure(
+    monkeypatch: pytest.MonkeyPatch, as_json: bool
+) -> None:
+    console.setup(as_json=as_json)
+    message = "^standard output could not be written: No space left on device$"
+    full = Path("/dev/full").open("w")  # noqa: SIM115 - closing it fails as well
+    monkeypatch.setattr(sys, "stdout", full)
+    for shown in ("text", console.table(("name",), [("x",)])):
+        with pytest.raises(RunFailed, match=message):
+            console.result({}, shown)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())
+    full.close()
+
+
+def test_scores_are_written_alike_everywhere() -> None:
+    row = {"lr": 0.1, "train/loss": 0.98764, "val/accuracy": 0.98764}
+    line = console.epoch_line(row)
+    assert line.count(console.cell(0.98764)) == line.count("0.9876") == 2
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from moectl.engine.errors import UserError
-from moectl.engine.images import read_image
+from moectl.engine.images import check_image, read_image
 
 
 def test_every_mode_becomes_rgb(tmp_path: Path) -> None:
@@ -31,5 +31,15 @@ def test_16_bits_are_scaled_not_cut_off(tmp_path: Path) -> None:
 def test_what_is_no_image_is_named(tmp_path: Path, content: bytes | None, message: str) -> None:
     if content:
         (tmp_path / "a.png").write_bytes(content)
-    with pytest.raises(UserError, match=rf"a\.png: {message}"):
-        read_image(tmp_path / "a.png")
+    for look in (read_image, check_image):
+        with pytest.raises(UserError, match=rf"a\.png: {message}"):
+            look(tmp_path / "a.png")
+
+
+def test_a_look_at_a_file_decodes_no_pixels(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    Image.effect_noise((64, 64), 50).save(path)
+    path.write_bytes(path.read_bytes()[:1000])
+    check_image(path)
+    with pytest.raises(UserError, match="not a readable image"):
+        read_image(path)

@@ -109,5 +109,6 @@ def test_completion_offers_presets_and_runs(toy: ModuleType) -> None:
     (folder / "run.json").write_text("{}")
     assert "digits_ir20" in options._complete_presets("balpoe")("digits")
     assert options._complete_presets("balpoe")("zzz") == []
-    assert options._complete_runs("balpoe")("") == ["latest", "auto", "digits-1"]
+    assert options._complete_runs("balpoe")("") == ["latest", "digits-1"], "auto is no run to read"
+    assert options._complete_runs("balpoe", "auto")("") == ["latest", "auto", "digits-1"]
     assert options._complete_runs("balpoe")("dig") == ["digits-1"]

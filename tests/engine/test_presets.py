@@ -40,6 +40,7 @@ def test_the_nearer_folder_hides_the_shipped_one(own: Path) -> None:
 def test_references(own: Path) -> None:
     assert presets.find(None, "only").room == "b"
     assert presets.find(None, "b/x2").path == Path("shipped/b/x2.toml")
+    assert presets.find("b", "b/x2").path == Path("shipped/b/x2.toml")
     by_path = presets.find("b", "presets/a/x10.toml")
     assert (by_path.room, by_path.name) == ("b", "x10")
     assert presets.find(None, "presets/a/x10.toml").room == "a"
@@ -53,6 +54,8 @@ def test_references(own: Path) -> None:
         (None, "c/x2", "x2: no such preset for c"),
         ("a", "none.toml", r"none\.toml: no such preset file"),
         ("a", "../b/x2", "is not a usable name"),
+        ("a", "../x2", "is not a usable name"),
+        ("a", "b/only", "b/only: a preset of b, expected one of a"),
         ("a", "", "is not a usable name"),
         ("a", "n" * 300, "is not a usable name"),
         ("a", "n" * 300 + ".toml", "no such preset file"),

@@ -23,6 +23,7 @@ def made(place: str, started: str = "", **record: Any) -> Path:
     folder.mkdir(parents=True)
     name = folder.name.rpartition("-")[0]
     record = {"name": name, "status": "finished", "started": started or folder.name, **record}
+    record = {"room": folder.parent.name, **record}
     (folder / "run.json").write_text(json.dumps(record))
     return folder
 
@@ -71,12 +72,13 @@ def test_only_a_final_word_after_at_names_weights(reference: str, parts: tuple[s
         ("x-1", "a", "a/x-1"),
         ("x-2", "a", "a/x-2"),  # whole names win over beginnings
         ("long-", "a", "a/long-3"),
-        ("b/x-4", "a", "b/x-4"),
+        ("b/x-4", "b", "b/x-4"),
         ("b/x", None, "b/x-4"),
         ("latest", "a", "a/x-20"),
-        ("b/latest", "a", "b/x-4"),
+        ("b/latest", None, "b/x-4"),
         ("long", None, "a/long-3"),
-        ("runs/a/x-1", "b", "a/x-1"),
+        ("runs/a/x-1", "a", "a/x-1"),
+        ("runs/a/x-1/", None, "a/x-1"),
     ],
 )
 def test_references(runs: dict[str, Path], reference: str, room: str | None, found: str) -> None:
@@ -92,10 +94,12 @@ def test_references(runs: dict[str, Path], reference: str, room: str | None, fou
         ("c/latest", "no run of c"),
         ("n" * 5000, "no such run"),
         ("a/" + "n" * 300, "no such run"),
-        ("../../etc", "no such run"),
+        ("../../etc", r"\.\./\.\./etc: no such run folder"),
+        ("/none/x-1", r"/none/x-1: no such run folder; did you mean x-1\?"),
+        ("b/x-5", r"b/x-5: no such run under runs; did you mean x-4\?"),
         ("**/x", "no such run"),
         ("a**/x", "no such run"),
-        ("/x-1", "no such run"),
+        ("/x-1", "/x-1: no such run folder"),
         ("a\0b", "no such run"),
         ("[/x", "no such run"),
     ],
@@ -103,6 +107,22 @@ def test_references(runs: dict[str, Path], reference: str, room: str | None, fou
 def test_references_that_lead_nowhere(runs: dict[str, Path], reference: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         find_run(reference, "a")
+
+
+@pytest.mark.parametrize("reference", ["runs/b/x-4", "b/x-4", "b/latest", "b/x"])
+def test_a_run_of_another_system_is_refused(runs: dict[str, Path], reference: str) -> None:
+    with pytest.raises(UserError, match=r"^runs/b/x-4: a run of b, expected one of a$"):
+        find_run(reference, "a")
+    assert find_run(reference, "b") == find_run(reference) == runs["b/x-4"]
+
+
+def test_a_system_without_runs_is_told_how_to_make_one(isolated: Path) -> None:
+    with pytest.raises(UserError, match="no finished grpo run of a under runs") as refusal:
+        find_run("latest", "a", "finished", ["grpo"])
+    assert refusal.value.hint == ("moectl a grpo makes one; moectl runs list shows what there is")
+    with pytest.raises(UserError, match="no run of a") as refusal:
+        find_run("a/latest")
+    assert refusal.value.hint.startswith("moectl a train makes one")
 
 
 def test_latest_of_a_status(runs: dict[str, Path]) -> None:

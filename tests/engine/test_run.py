@@ -96,7 +96,6 @@ def test_a_link_in_the_place_of_the_folder_is_not_followed(
         (Interrupted("SIGTERM after update 3"), "interrupted", "SIGTERM after update 3"),
         (KeyboardInterrupt(), "interrupted", "second Ctrl-C"),
         (ValueError("bad\nsecond line"), "failed", "ValueError: bad"),
-        (UserError("no such file"), "failed", "UserError: no such file"),
     ],
 )
 def test_leaving_records_how_it_went(
@@ -117,6 +116,45 @@ def test_leaving_records_how_it_went(
     assert toy.status(run.folder) == (status, reason)
     log = (run.folder / "log.txt").read_text()
     assert ("Traceback" in log) == (status == "failed")
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_mistake_found_before_any_result_leaves_no_run_behind(
+    toy: ModuleType, tmp_path: Path, named: bool
+) -> None:
+    def work(run: Any) -> None:
+        with run:
+            (run.folder / "split.json").touch()
+            raise UserError("no such file")
+
+    out = tmp_path / "out" if named else None
+    for _ in range(2):  # the same command can be given again
+        run = opened(toy, out=out)
+        with pytest.raises(UserError, match="no such file"):
+            work(run)
+        assert run.folder.exists() == named
+        assert list(Path("runs/toy").glob("*") if out is None else out.iterdir()) == []
+
+
+@pytest.mark.parametrize("result", ["weights", "file", "resumed"])
+def test_a_mistake_found_later_leaves_what_was_done(toy: ModuleType, result: str) -> None:
+    def work(run: Any) -> None:
+        with run:
+            if result == "weights":
+                run.save_weights("a.pth", {}, {}, epoch=1)
+            if result == "file":
+                (run.folder / "answers.jsonl").touch()
+            raise UserError("no such file")
+
+    run = opened(toy)
+    if result == "resumed":
+        with pytest.raises(ValueError, match="ours"), run:
+            raise ValueError("ours")
+        run = toy.open_run(run.folder, toy.settings(), resume="named")
+    with pytest.raises(UserError):
+        work(run)
+    assert toy.status(run.folder) == ("failed", "UserError: no such file")
+    assert "Traceback" in (run.folder / "log.txt").read_text()
 
 
 def test_a_traceback_goes_to_the_file_but_not_to_the_screen(

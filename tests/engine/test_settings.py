@@ -1,11 +1,12 @@
 """Layers, provenance, typos and round trips of settings."""
 
+import re
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pytest
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from moectl.engine import settings as engine
@@ -21,6 +22,12 @@ class Optim(Section):
     name: Literal["sgd", "adam"] = "sgd"
     """Optimiser."""
 
+    @model_validator(mode="after")
+    def _momentum_of_sgd(self) -> "Optim":
+        if self.name == "adam" and self.momentum > 1:
+            raise ValueError("optim.momentum with adam")
+        return self
+
 
 class Data(Section):
     root: Path = Path("data")
@@ -31,8 +38,19 @@ class Data(Section):
     """Numbers."""
     title: str = ""
     """Text."""
-    cutout: bool = False
+    cutout: Annotated[bool, Flag()] = False
     """Switch."""
+    few: Annotated[tuple[Literal["a", "b"], ...], Flag("--some-few"), Field(min_length=1)] = ("a",)
+    """Some of them."""
+    even: Annotated[int, Flag()] = 2
+    """A rule of its own."""
+
+    @field_validator("even")
+    @classmethod
+    def _is_even(cls, value: int) -> int:
+        if value % 2:
+            raise ValueError(f"{value} is odd")
+        return value
 
 
 class Small(Settings):
@@ -40,6 +58,12 @@ class Small(Settings):
 
     optim: Optim = Optim(lr=0.1, momentum=0.9)
     data: Data = Data()
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> "Small":
+        if self.data.even > 99:
+            raise ValueError("optim.lr is too low for data.even")
+        return self
 
 
 def file(path: Path, text: str) -> Path:
@@ -66,6 +90,8 @@ def test_every_layer_wins_over_the_ones_below(
         "data.steps": "MOECTL_SMALL__DATA__STEPS",
         "data.title": "MOECTL_SMALL__DATA__TITLE",
         "data.cutout": "--set",
+        "data.few": "default",
+        "data.even": "default",
     }
 
 
@@ -118,7 +144,7 @@ def test_set_leaves_the_meaning_to_the_field(text: str, key: str, value: object)
         (["optim.lr=nan"], "optim.lr = .*finite"),
         (["optim.name=sdg"], "optim.name = 'sdg': input should be 'sgd' or 'adam'"),
         (["data.steps=[1"], "--set data.steps: not valid TOML"),
-        (["data.steps=[1, 'x']"], "data.steps.1 = 'x'"),
+        (["data.steps=[1, 'x']"], "--set: data.steps = 'x': input should be a valid integer"),
     ],
 )
 def test_wrong_assignment_is_refused_with_place_and_value(
@@ -126,6 +152,25 @@ def test_wrong_assignment_is_refused_with_place_and_value(
 ) -> None:
     with pytest.raises(UserError, match=expected):
         resolve(Small, {}, assignments, [])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"optim.lr": -3.0}, "--lr = -3.0: input should be greater than 0"),
+        ({"data.cutout": "maybe"}, "--cutout = 'maybe': input should be a valid boolean.*"),
+        ({"data.few": ("bogus",)}, "--some-few = 'bogus': input should be 'a' or 'b'"),
+        ({"data.few": ()}, "--some-few = .*: tuple should have at least 1 item.*"),
+        ({"data.even": 3}, "--even: 3 is odd"),
+        ({"data.even": 100}, "optim.lr is too low for data.even"),
+        ({"optim.name": "adam", "optim.momentum": 2.0}, "optim.momentum with adam"),
+    ],
+)
+def test_a_wrong_option_is_named_as_it_is_written(flags: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as refusal:
+        resolve(Small, flags, [], [])
+    assert re.fullmatch(message, refusal.value.message), "one line"
+    assert refusal.value.hint == "moectl presets show small lists every key"
 
 
 def test_a_flag_and_a_set_of_the_same_key_are_refused() -> None:

@@ -112,6 +112,9 @@ def test_variables_that_set_nothing_are_named(monkeypatch: pytest.MonkeyPatch) -
     assert known.found == "MOECTL_BALPOE__TRAIN__EPOCHS=3"
     assert unknown.verdict == "warn"
     assert unknown.found == "MOECTL_BALPOE__TRAIN__EPOCH sets nothing"
+    assert "presets show balpoe " in unknown.remedy
+    monkeypatch.setenv("MOECTL_NOTHING__EPOCH", "3")
+    assert "presets show ROOM " in list(doctor.variables())[-1].remedy
 
 
 def test_a_variable_with_a_wrong_value_fails(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -117,6 +117,7 @@ def test_all_good_presets_are_counted(capsys: pytest.CaptureFixture[str]) -> Non
         ("epochs = 3", "epochs = -3", "train.epochs = -3"),
         ("epochs = 3", "epoch = 3", "did you mean train.epochs?"),
         ("epochs = 3", "epochs = ", "not valid TOML"),
+        (GOOD, "epochs = ", "not valid TOML"),
         ("# source: made up", "# source: made up\neval = 3", "eval = 3"),
         ("# cost: a minute\n", "", "has no line `# cost: …`"),
         ("# source: made up", "# source:", "has no line `# source: …`"),
@@ -157,7 +158,22 @@ def test_paths_are_searched_and_missing_ones_are_problems(
     assert run("validate", "presets", str(tiny), str(tiny.resolve())) == 0
     assert capsys.readouterr().out.startswith("1 preset ")
     assert run("validate", "nothing.toml") == 2
-    assert "nothing.toml: " in capsys.readouterr().err
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[1:] == ["nothing.toml: cannot be read (No such file or directory)"]
+
+
+def test_a_file_of_ones_own_needs_no_header(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("mine.toml").write_text("[train]\nepochs = 3\n")
+    assert run("validate", "mine.toml") == 2
+    err = capsys.readouterr().err
+    assert "mine.toml: cannot tell which system this is for" in err
+    assert "hint: --room ROOM" in err
+    assert run("validate", "mine.toml", "--room", "balpoe") == 0
+    assert run("validate", "mine.toml", "--room", "nothing") == 2
+    Path("mine.toml").write_text("[train]\nepochs = 0\n")
+    capsys.readouterr()
+    assert run("validate", "mine.toml", "--room", "balpoe") == 2
+    assert "mine.toml: train.epochs = 0" in capsys.readouterr().err
 
 
 def test_no_preset_at_all_is_not_a_success(tmp_path: Path) -> None:
