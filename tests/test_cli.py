@@ -40,7 +40,7 @@ def moectl(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
 
 
 def options_of(leaf: str) -> set[str]:
-    return {name for parameter in cli._leaf(*leaf.split()).params for name in parameter.opts}
+    return {name for parameter in cli.leaf(*leaf.split()).params for name in parameter.opts}
 
 
 @pytest.mark.parametrize(

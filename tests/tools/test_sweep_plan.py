@@ -143,7 +143,7 @@ def test_a_folder_or_a_name_may_be_given(sweep_file: Write) -> None:
         ({"command": "csr train --output-dir x"}, "", "s.toml: command: --output-dir is not for"),
         ({"command": "balpoe train --lr 1"}, "[grid]\noptim.lr = [1]", "s.toml: grid: optim.lr:"
          " an option of the command sets it already"),
-        ({"command": "balpoe train --lr=-1"}, "", "s.toml: flag: optim.lr = -1.0: input should"),
+        ({"command": "balpoe train --lr=-1"}, "", "s.toml: --lr = -1.0: input should"),
         ({"presets": ["digits_ir2"]}, "", "s.toml: presets: digits_ir2: no such preset for balpoe;"
          " did you mean digits_ir20?"),
         ({"name": "../x"}, "", "s.toml: sweep name '../x' is not a usable name"),
