@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from moectl.engine import checkpoint
 from moectl.engine.errors import Interrupted, RunFailed, UserError
 
 
@@ -189,6 +190,25 @@ def test_two_processes(toy: ModuleType, whole: Path, tmp_path: Path) -> None:
 
     with pytest.raises(UserError, match="begun with 2 processes, resumed with 1"):
         toy.complete(Path(a), resume="named")
+
+
+@pytest.mark.parametrize("fault", ["kill", "crash"])
+def test_a_process_that_dies_alone_ends_the_others(
+    toy: ModuleType, tmp_path: Path, fault: str
+) -> None:
+    folder = tmp_path / "run"
+    words = (folder, f"{fault}=5", "train__save_minutes=0")
+    with toy.launch(*words, processes=2, env={"HARM_RANK": "1"}) as program:
+        _, err = program.communicate(timeout=90)
+    assert program.returncode not in (0, 75), err
+    assert toy.checkpoints(folder)[-1] == "update-00000005"
+    checkpoint.read(folder / "checkpoints" / "update-00000005")
+    if fault == "crash":
+        assert "RuntimeError: sample 17 is bad" in (folder / "log.txt").read_text()
+        assert toy.status(folder)[0] == "failed"
+    # Nobody holds the lock, and what is refused is the other number of processes.
+    with pytest.raises(UserError, match="begun with 2 processes, resumed with 1"):
+        toy.complete(folder, resume="auto", train__save_minutes=0)
 
 
 @pytest.mark.parametrize("fault", ["nan", "inf"])
