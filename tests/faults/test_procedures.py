@@ -124,17 +124,17 @@ def test_a_stop_signal_saves_and_the_rest_follows_exactly(
     capsys: pytest.CaptureFixture[str],
     procedure: Procedure,
 ) -> None:
-    """In the middle of an epoch, in a validation, and while a checkpoint is written."""
-    folder = tmp_path / "run"
+    """In the middle of an epoch and in a validation, with no checkpoint due."""
+    folder, rarely = tmp_path / "run", ("--set", "train.save_minutes=60")
     sittings = (
         (signal.SIGTERM, "update 2", 2),
         (signal.SIGINT, "score 1", procedure.epoch),
-        (signal.SIGUSR1, "saved 1", procedure.epoch + 2),
+        (signal.SIGUSR1, "update 2", procedure.epoch + 2),
     )
     for number, moment, stopped in sittings:
         before = signal.getsignal(number)
         with disturbed(moment, signalled(number)):
-            assert train(procedure, folder) == 75
+            assert train(procedure, folder, *rarely) == 75
         out, err = capsys.readouterr()
         assert out == ""
         assert f"{signal.Signals(number).name} after update {stopped} of" in err
