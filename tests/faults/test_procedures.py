@@ -1,6 +1,7 @@
 """Faults that every training procedure must stand; what only one room has is beside this file."""
 
 import functools
+import itertools
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from moectl.cli import _run
+from moectl.engine.run import Run
 from tests.faults import procedures
 from tests.faults.procedures import PROCEDURES, Procedure, differing, disturbed, outcome, signalled
 
@@ -121,11 +123,14 @@ def test_a_stop_signal_saves_and_the_rest_follows_exactly(
     train: Callable[..., int],
     whole: Whole,
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     procedure: Procedure,
 ) -> None:
-    """In the middle of an epoch and in a validation, with no checkpoint due."""
-    folder, rarely = tmp_path / "run", ("--set", "train.save_minutes=60")
+    """In the middle of an epoch, and in a validation."""
+    folder, back = tmp_path / "run", itertools.count(0, -1)
+    # By a clock that runs backwards no checkpoint is due but the one that the signal asks for.
+    monkeypatch.setattr(Run, "elapsed_seconds", property(lambda _: next(back)))
     sittings = (
         (signal.SIGTERM, "update 2", 2),
         (signal.SIGINT, "score 1", procedure.epoch),
@@ -134,7 +139,7 @@ def test_a_stop_signal_saves_and_the_rest_follows_exactly(
     for number, moment, stopped in sittings:
         before = signal.getsignal(number)
         with disturbed(moment, signalled(number)):
-            assert train(procedure, folder, *rarely) == 75
+            assert train(procedure, folder) == 75
         out, err = capsys.readouterr()
         assert out == ""
         assert f"{signal.Signals(number).name} after update {stopped} of" in err

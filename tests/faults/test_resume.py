@@ -224,6 +224,20 @@ def test_a_loss_that_is_not_finite_ends_the_run(
     _all_finite(tmp_path / "run")
 
 
+def test_a_loss_that_is_not_finite_is_noticed_although_nothing_is_saved(
+    toy: ModuleType, tmp_path: Path
+) -> None:
+    seen = []
+
+    def harm(step: Any, loss: Any) -> Any:
+        seen.append(step.index)
+        return loss * float("nan") if step.index == 5 else loss
+
+    with pytest.raises(RunFailed, match="not finite at update 6"):
+        toy.complete(tmp_path / "run", on_step=harm, train__save_minutes=60)
+    assert seen[-1] == 5
+
+
 def test_a_gradient_that_is_not_finite_ends_the_run(toy: ModuleType, tmp_path: Path) -> None:
     def harm(step: Any, loss: Any) -> Any:
         if step.index == 5 and loss.requires_grad:
