@@ -208,7 +208,8 @@ def outcome(procedure: Procedure, folder: Path) -> dict[str, Any]:
     for pattern in procedure.tables:
         files = sorted(folder.glob(pattern))
         assert files, f"{folder}: no {pattern}"
-        found |= {str(path.relative_to(folder)): rows(path) for path in files}
+        for path in files:
+            found[str(path.relative_to(folder))] = [list(row.items()) for row in rows(path)]
     return found
 
 
