@@ -154,7 +154,7 @@ def _train(
     if status == "finished":
         return
     if status:
-        own = reopen(folder, settings, accelerator, auto=True)
+        own = reopen(folder, settings, accelerator, auto=run.resuming != "named")
     else:
         own = create(
             settings, accelerator, room="diffusion", command="train", name=name, out=folder,

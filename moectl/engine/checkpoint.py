@@ -48,7 +48,8 @@ def save(root: Path, update: int, files: Mapping[str, bytes], facts: Mapping[str
                 name: {"bytes": len(data), "sha256": sha256(data)} for name, data in files.items()
             },
         }
-        for name, data in {**files, MANIFEST: json.dumps(manifest, indent=2).encode()}.items():
+        signed = json.dumps({**manifest, "sha256": _signature(manifest)}, indent=2).encode()
+        for name, data in {**files, MANIFEST: signed}.items():
             _write_synced(staging / name, data)
         sync_folder(staging)
         if final.exists():
@@ -59,6 +60,11 @@ def save(root: Path, update: int, files: Mapping[str, bytes], facts: Mapping[str
         shutil.rmtree(staging, ignore_errors=True)
         raise
     return final
+
+
+def _signature(manifest: Mapping[str, Any]) -> str:
+    """Return the checksum of a manifest without its own: a flipped digit is no other digit."""
+    return sha256(json.dumps({**manifest, "sha256": ""}).encode())
 
 
 def _write_synced(path: Path, data: bytes) -> None:
@@ -83,6 +89,8 @@ def read(folder: Path) -> tuple[dict[str, bytes], dict[str, Any]]:
         raise Corrupt(f"{folder / MANIFEST}: missing or not readable ({error})") from None
     if manifest.get("format") != FORMAT:
         raise Corrupt(f"{folder / MANIFEST}: format {manifest.get('format')!r}, expected {FORMAT}")
+    if manifest.get("sha256") != _signature(manifest):
+        raise Corrupt(f"{folder / MANIFEST}: does not match its own checksum")
     present = {path.name for path in folder.iterdir()} - {MANIFEST}
     if present != set(entries):
         raise Corrupt(f"{folder}: holds {sorted(present)}, the manifest lists {sorted(entries)}")

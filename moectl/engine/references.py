@@ -134,7 +134,8 @@ def newest_unfinished(room: str, name: str, command: str) -> Path | None:
     for folder, record in all_runs(room):
         unfinished = record.get("status") != "finished"
         # What failed before its first checkpoint has nothing to go on with.
-        stillborn = record.get("status") == "failed" and not record.get("checkpoint")
+        begun = record.get("checkpoint") or any(folder.rglob("checkpoints"))  # of its parts, too
+        stillborn = record.get("status") == "failed" and not begun
         same = record.get("name") == name and record.get("command", command) == command
         if same and unfinished and not stillborn:
             return folder

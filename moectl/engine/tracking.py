@@ -96,7 +96,8 @@ class MetricsFile:
         return list(csv.DictReader(io.StringIO(whole, newline="")))
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Append a row; a new column rewrites the file."""
+        """Append a row; a new column rewrites the file, and comes with its first value."""
+        row = {name: value for name, value in row.items() if value is not None}
         new = [name for name in row if name not in self.columns]
         if new:
             self._rewrite(self.rows(), [*self.columns, *new])
@@ -105,7 +106,7 @@ class MetricsFile:
             writer = csv.DictWriter(file, self.columns, lineterminator="\n")
             if fresh:
                 writer.writeheader()
-            writer.writerow({name: "" if value is None else value for name, value in row.items()})
+            writer.writerow(row)
 
     def _rewrite(self, rows: list[dict[str, str]], columns: list[str]) -> None:
         self.columns = columns

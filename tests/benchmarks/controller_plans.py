@@ -1,6 +1,6 @@
 """What plans save: tokens, work and milliseconds over the three knobs, and the controller's cost.
 
-Usage: python tests/benchmarks/controller_plans.py [--model tiny] [--rounds 7] [--tokens 16]
+Usage: python -m tests.benchmarks.controller_plans [--model tiny] [--rounds 7] [--tokens 16]
 
 Processor time, the least of the rounds, in which the plans take turns.
 """

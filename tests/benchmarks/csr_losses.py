@@ -1,6 +1,6 @@
 """The prototype losses all at once against loops over images, concepts and prototypes.
 
-Usage: python tests/benchmarks/csr_losses.py [--batch 16] [--width 128] [--rounds 5]
+Usage: python -m tests.benchmarks.csr_losses [--batch 16] [--width 128] [--rounds 5]
 
 A step is the loss and its gradients. The loops hold what research code has: one small tensor
 operation per image, concept and prototype. Vectors and prototypes are normalised before both.
@@ -19,7 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moectl.csr.losses import info_nce, present_pairs, soft_triple
+from tests.benchmarks.rows import Row, in_seconds
 
+QUICK = {"batch": 2, "rounds": 3}
 SIZES = [(14, 5), (22, 100)]  # K, M
 PRESENT = 0.15  # share of the concepts that an image shows
 
@@ -81,28 +83,26 @@ def step(loss: Loss, inputs: tuple[Tensor, ...]) -> tuple[float, list[Tensor], f
     return value.item(), [leaf.grad for leaf in leaves if leaf.grad is not None], seconds
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=5)
-    arguments = parser.parse_args()
+def measured(batch: int = 16, width: int = 128, rounds: int = 5) -> list[Row]:
     torch.set_num_threads(1)
+    rows = []
     for num_concepts, num_prototypes in SIZES:
         draws = torch.Generator().manual_seed(0)
-        vectors = torch.randn(arguments.batch, num_concepts, arguments.width, generator=draws)
-        prototypes = torch.randn(num_concepts, num_prototypes, arguments.width, generator=draws)
-        targets = (torch.rand(arguments.batch, num_concepts, generator=draws) < PRESENT).float()
+        vectors = torch.randn(batch, num_concepts, width, generator=draws)
+        prototypes = torch.randn(num_concepts, num_prototypes, width, generator=draws)
+        targets = (torch.rand(batch, num_concepts, generator=draws) < PRESENT).float()
         inputs = F.normalize(vectors, dim=2), targets, F.normalize(prototypes, dim=2)
-        size = f"B={arguments.batch} K={num_concepts} M={num_prototypes}"
+        size = f"B={batch} K={num_concepts} M={num_prototypes}"
         print(f"{size}, {int(targets.sum())} pairs")
         for loss, loop in ((soft_triple, loop_soft_triple), (info_nce, loop_info_nce)):
-            compare(loss, loop, inputs, arguments.rounds)
+            rows += compare(loss, loop, inputs, rounds, size)
+    return rows
 
 
 def compare(
-    loss: Callable[..., Tensor], loop: Loss, inputs: tuple[Tensor, ...], rounds: int
-) -> None:
+    loss: Callable[..., Tensor], loop: Loss, inputs: tuple[Tensor, ...], rounds: int, size: str
+) -> list[Row]:
+    rows = []
     slow, slow_gradients, slow_seconds = step(loop, inputs)
     for form, vectorised in (("pairs", over_pairs(loss)), ("static", over_all(loss))):
         steps = [step(vectorised, inputs) for _ in range(rounds)]
@@ -110,14 +110,25 @@ def compare(
         value, gradients, _ = steps[-1]
         for fast, expected in zip(gradients, slow_gradients, strict=True):
             # The loops do not differentiate through the length, so compare what is tangential.
-            rows = inputs[0] if fast.shape == inputs[0].shape else inputs[2]
-            tangential = expected - (expected * rows).sum(-1, keepdim=True) * rows
+            own = inputs[0] if fast.shape == inputs[0].shape else inputs[2]
+            tangential = expected - (expected * own).sum(-1, keepdim=True) * own
             torch.testing.assert_close(fast, tangential, rtol=1e-3, atol=1e-4)
         assert abs(value - slow) < 1e-4 * abs(slow), (value, slow)
         print(
             f"  {loss.__name__:11} {form:6} {1e3 * seconds:8.2f} ms, loops {slow_seconds:6.2f} s,"
             f" ratio {slow_seconds / seconds:6.0f}, values {value:.6f} and {slow:.6f}"
         )
+        work = f"csr: {loss.__name__}, {form}, {size}"
+        rows.append(in_seconds(work, "loops over images and prototypes", slow_seconds, seconds))
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=5)
+    measured(**vars(parser.parse_args()))
 
 
 if __name__ == "__main__":

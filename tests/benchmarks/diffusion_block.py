@@ -1,6 +1,6 @@
 """A block of experts against the plain loop over images and their experts; and against all experts.
 
-Usage: python tests/benchmarks/diffusion_block.py [--rounds 5] [--sizes 32x16,128x8,512x4]
+Usage: python -m tests.benchmarks.diffusion_block [--rounds 5] [--sizes 32x16,128x8,512x4]
 
 A step is a forward and a backward pass with the same weights. The loop is what research code has:
 one expert on one image at a time, chosen by a number that is read back from the device. It and ours
@@ -23,7 +23,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moectl.diffusion.blocks import Form, MixtureBlock
+from tests.benchmarks.rows import Row
 
+QUICK = {"rounds": 3, "sizes": "128x8"}
+AIMS = {16: "≥ 1.4", 64: "≥ 3.5"}
+"""By batch, for the loop over images."""
 WIDTH = 128  # of the embeddings of time and class
 EXPERTS, ACTIVE = 8, 2
 BATCHES = (16, 64)
@@ -85,14 +89,11 @@ def gradients(block: MixtureBlock) -> Tensor:
     return torch.cat([p.grad.flatten() for p in block.parameters() if p.grad is not None])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--sizes", default="32x16,64x16,128x8,256x8,512x4")
-    options = parser.parse_args()
+def measured(rounds: int = 5, sizes: str = "32x16,64x16,128x8,256x8,512x4") -> list[Row]:
+    table = []
     device = "cuda" if torch.cuda.is_available() else "cpu"
     print(f"{device}, {torch.get_num_threads()} threads, {EXPERTS} experts, {ACTIVE} active,"
-          f" median of {options.rounds} rounds, milliseconds")  # fmt: skip
+          f" median of {rounds} rounds, milliseconds")  # fmt: skip
     rows = {
         "loop": loop,
         "all experts": every,
@@ -100,7 +101,7 @@ def main() -> None:
     }
     print(f"{'channels x side':>16} {'batch':>5}", *(f"{name:>11}" for name in rows),
           f"{'loop/auto':>9} {'all/auto':>9}")  # fmt: skip
-    for size in options.sizes.split(","):
+    for size in sizes.split(","):
         channels, side = map(int, size.split("x"))
         torch.manual_seed(0)
         form = Form(EXPERTS, ACTIVE, True, "group", True, WIDTH, WIDTH)
@@ -118,7 +119,7 @@ def main() -> None:
                 for one, other in zip(found, reference, strict=True):
                     torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
             taken = {name: [] for name in rows}
-            for _ in range(options.rounds):
+            for _ in range(rounds):
                 for name, run in rows.items():
                     began = time.perf_counter()
                     step(run, block, inputs)
@@ -128,6 +129,19 @@ def main() -> None:
             ratios = (medians["loop"] / best, medians["all experts"] / best)
             times = (f"{value:>11.1f}" for value in medians.values())
             print(f"{size:>16} {batch:>5}", *times, *(f"{ratio:>9.2f}" for ratio in ratios))
+            work = f"diffusion: block of experts, {size}, batch {batch}, forward and backward"
+            table.append(
+                Row(work, "loop over images and experts", medians["loop"], best, AIMS[batch])
+            )
+            table.append(Row(work, "every expert on every image", medians["all experts"], best))
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--sizes", default="32x16,64x16,128x8,256x8,512x4")
+    measured(**vars(parser.parse_args()))
 
 
 if __name__ == "__main__":

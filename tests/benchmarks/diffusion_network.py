@@ -1,6 +1,6 @@
 """The whole network against diffusers' UNet2DModel of as many parameters at the same resolution.
 
-Usage: python tests/benchmarks/diffusion_network.py [--side 32] [--batch 16] [--rounds 5]
+Usage: python -m tests.benchmarks.diffusion_network [--side 32] [--batch 16] [--rounds 5]
 
 UNet2DModel is given plain convolutional stages (no attention, two layers each) and class labels;
 its width is the multiple of 8 that brings its parameters nearest to ours, experts included. They
@@ -20,7 +20,9 @@ from torch import Tensor, nn
 
 from moectl.diffusion.model import UNet
 from moectl.diffusion.profile import macs, parameters
+from tests.benchmarks.rows import Row, in_seconds
 
+QUICK = {"batch": 4, "rounds": 3, "widths": (32,)}
 MULTS = (1, 2, 4)
 CLASSES = 10
 
@@ -67,44 +69,58 @@ def work(model: nn.Module, inputs: tuple[Tensor, ...], training: bool) -> None:
         torch.cuda.synchronize()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    for name, value in (("side", 32), ("batch", 16), ("rounds", 5)):
-        parser.add_argument(f"--{name}", type=int, default=value)
-    options = parser.parse_args()
+def measured(
+    side: int = 32, batch: int = 16, rounds: int = 5, widths: tuple[int, ...] = (32, 64, 128)
+) -> list[Row]:
+    table = []
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    print(f"{device}, {torch.get_num_threads()} threads, {options.side} x {options.side} pixels,")
-    print(f"batch {options.batch}, median of {options.rounds} rounds, images per second")
-    for width in (32, 64, 128):
+    print(f"{device}, {torch.get_num_threads()} threads, {side} x {side} pixels,")
+    print(f"batch {batch}, median of {rounds} rounds, images per second")
+    for width in widths:
         torch.manual_seed(0)
         ours = UNet(model_channels=width, channel_mults=MULTS, time_dim=256, class_dim=256)
         dense = UNet(
             model_channels=width, channel_mults=MULTS, time_dim=256, class_dim=256, num_experts=2
         )
-        theirs = nearest(count(ours), options.side)
+        theirs = nearest(count(ours), side)
         models = {"ours": ours, "dense_matched": dense, "UNet2DModel": theirs}
         for model in models.values():
             model.to(device)
         inputs = (
-            torch.randn(options.batch, 3, options.side, options.side, device=device),
-            torch.randint(1000, (options.batch,), device=device),
-            torch.randint(CLASSES, (options.batch,), device=device),
+            torch.randn(batch, 3, side, side, device=device),
+            torch.randint(1000, (batch,), device=device),
+            torch.randint(CLASSES, (batch,), device=device),
         )
-        print(f"\nwidth {width}: ours {macs(ours, options.side) / 1e9:.3f} GMAC, parameters",
+        print(f"\nwidth {width}: ours {macs(ours, side) / 1e9:.3f} GMAC, parameters",
               *(f"{name} {count(model):,}" for name, model in models.items()),
               f"(used per image {parameters(ours)[1]:,})")  # fmt: skip
         for training in (True, False):
             taken = {name: [] for name in models}
-            for number in range(options.rounds + 1):
+            for number in range(rounds + 1):
                 for name, model in models.items():
                     began = time.perf_counter()
                     work(model.train(training), inputs, training)
                     if number:  # the first is the warm-up
                         taken[name].append(time.perf_counter() - began)
-            rates = {name: options.batch / statistics.median(own) for name, own in taken.items()}
+            medians = {name: statistics.median(own) for name, own in taken.items()}
+            rates = {name: batch / seconds for name, seconds in medians.items()}
             print(f"{'training' if training else 'inference':>10}",
                   *(f"{name} {rate:.1f}" for name, rate in rates.items()),
                   f"ours/UNet2DModel {rates['ours'] / rates['UNet2DModel']:.2f}")  # fmt: skip
+            kind = "training step" if training else "inference"
+            what = f"diffusion: {kind}, width {width}, {side} px, batch {batch}"
+            peers = (("UNet2DModel", "UNet2DModel of as many parameters", "≥ 0.9"),
+                     ("dense_matched", "a dense network of the same work", ""))  # fmt: skip
+            for name, peer, aim in peers:
+                table.append(in_seconds(what, peer, medians[name], medians["ours"], aim))
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    for name, value in (("side", 32), ("batch", 16), ("rounds", 5)):
+        parser.add_argument(f"--{name}", type=int, default=value)
+    measured(**vars(parser.parse_args()))
 
 
 if __name__ == "__main__":

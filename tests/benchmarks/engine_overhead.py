@@ -1,6 +1,6 @@
 """Cost of the engine per step: the same tiny training with the loop and as a bare loop, in one run.
 
-Usage: python tests/benchmarks/engine_overhead.py
+Usage: python -m tests.benchmarks.engine_overhead
 """
 
 import os
@@ -16,6 +16,10 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
+
+from tests.benchmarks.rows import Row
+
+QUICK = {"rounds": 3}
 
 _SPEC = importlib.util.spec_from_file_location(
     "toy", Path(__file__).parents[1] / "engine" / "toy.py"
@@ -60,15 +64,20 @@ def engine() -> float:
         return time.process_time() - start
 
 
-def main() -> None:
+def measured(rounds: int = 5) -> list[Row]:
     """Interleave both and print the medians."""
     torch.set_num_threads(1)
     steps = EPOCHS * SAMPLES // BATCH
-    pairs = [(bare(), engine()) for _ in range(5)]
+    pairs = [(bare(), engine()) for _ in range(rounds)]
     plain, ours = (statistics.median(values) / steps * 1000 for values in zip(*pairs, strict=True))
     print(
         f"bare loop {plain:.3f} ms/step, engine {ours:.3f} ms/step, overhead {ours - plain:.3f} ms"
     )
+    return [Row("engine: a step of a tiny network, CPU time", "a bare loop", plain, ours)]
+
+
+def main() -> None:
+    measured()
 
 
 if __name__ == "__main__":

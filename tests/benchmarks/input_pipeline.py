@@ -1,6 +1,8 @@
 """Augmentation of CIFAR-sized images: whole batches against torchvision's chain per image.
 
-Run as `python tests/benchmarks/input_pipeline.py`. Both sides run in turn on one thread; every
+Usage: python -m tests.benchmarks.input_pipeline [--rounds 7] [--batches 8]
+
+ Both sides run in turn on one thread; every
 figure is the median over the rounds, in seconds per 10,000 images.
 """
 
@@ -21,7 +23,10 @@ from torchvision import transforms
 from moectl.common.autoaugment import AutoAugment, TrivialAugment
 from moectl.common.images import Standard
 from moectl.engine.sources import Augment
+from tests.benchmarks.rows import Row, in_seconds
 
+QUICK = {"rounds": 3, "batches": 2}
+AIMS = {"standard": "≥ 2.5", "standard, no rotation": "≥ 4"}
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 BATCH = 128
 
@@ -65,15 +70,12 @@ def seconds(run: Callable[[Tensor], Tensor], batches: list[Tensor]) -> float:
     return (time.perf_counter() - start) * 10_000 / sum(len(batch) for batch in batches)
 
 
-def main() -> None:
+def measured(rounds: int = 7, batches: int = 8) -> list[Row]:
     """Measure and print one row per recipe."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--batches", type=int, default=8)
-    options = parser.parse_args()
+    table = []
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    rough = torch.rand(BATCH * options.batches, 3, 8, 8) * 255
+    rough = torch.rand(BATCH * batches, 3, 8, 8) * 255
     images = torch.nn.functional.interpolate(rough, size=(32, 32), mode="bilinear")
     on_cpu = list(images.to(torch.uint8).split(BATCH))
     policy = transforms.AutoAugment(transforms.AutoAugmentPolicy.CIFAR10, fill=(128, 128, 128))
@@ -89,12 +91,23 @@ def main() -> None:
         devices[torch.cuda.get_device_name()] = [batch.cuda() for batch in on_cpu]
     print(f"{'recipe':24}{'device':24}{'batched':>10}{'per image':>12}{'ratio':>8}")
     for name, (augment, chain) in rows.items():
-        for device, batches in devices.items():
+        for device, parts in devices.items():
             run = batched(augment)
-            run(batches[0])
-            pairs = [(seconds(run, batches), seconds(chain, on_cpu)) for _ in range(options.rounds)]
+            run(parts[0])
+            pairs = [(seconds(run, parts), seconds(chain, on_cpu)) for _ in range(rounds)]
             ours, theirs = map(statistics.median, zip(*pairs, strict=True))
             print(f"{name:24}{device:24}{ours:>9.3f}s{theirs:>11.3f}s{theirs / ours:>7.1f}x")
+            work = f"images: {name}, 10,000 of 32 px on {device}"
+            aim = AIMS.get(name, "") if device == "cpu" else "≥ 50"
+            table.append(in_seconds(work, "torchvision, one by one", theirs, ours, aim))
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--batches", type=int, default=8)
+    measured(**vars(parser.parse_args()))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Fitting the plug-in: all operating points at once against plain loops over items, equal rules.
 
-Usage: python tests/benchmarks/rejection.py [--items 10000] [--classes 100]
+Usage: python -m tests.benchmarks.rejection [--items 10000] [--classes 100]
 """
 
 import os
@@ -18,6 +18,9 @@ import torch
 from moectl.balpoe.longtail import class_sizes
 from moectl.balpoe.rejection import fit_plugin
 from moectl.common.scores import prior_weights
+from tests.benchmarks.rows import Row, in_seconds
+
+QUICK = {"items": 2000, "classes": 20}
 
 _SPEC = importlib.util.spec_from_file_location(
     "slow_plugin", Path(__file__).parents[1] / "balpoe" / "slow_plugin.py"
@@ -30,17 +33,13 @@ _SPEC.loader.exec_module(slow)
 RATES = [step / 10 for step in range(9)]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--items", type=int, default=10_000)
-    parser.add_argument("--classes", type=int, default=100)
-    arguments = parser.parse_args()
-    counts = torch.tensor(class_sizes(500, arguments.classes, 0.01, "exp"))
+def measured(items: int = 10_000, classes: int = 100) -> list[Row]:
+    counts = torch.tensor(class_sizes(500, classes, 0.01, "exp"))
     prior = counts.double() / counts.sum()
     draws = torch.Generator().manual_seed(0)
-    labels = torch.arange(arguments.items) % arguments.classes
-    noise = torch.randn(arguments.items, arguments.classes, generator=draws, dtype=torch.float64)
-    hit = 3.0 * torch.nn.functional.one_hot(labels, arguments.classes)
+    labels = torch.arange(items) % classes
+    noise = torch.randn(items, classes, generator=draws, dtype=torch.float64)
+    hit = 3.0 * torch.nn.functional.one_hot(labels, classes)
     posteriors = torch.softmax(noise + hit + prior.log(), dim=1)
     groups = (counts <= 20).long().tolist()
     weights = prior_weights(labels, prior)
@@ -51,7 +50,7 @@ def main() -> None:
         plugin = fit_plugin(posteriors, labels, groups, rates=RATES, weights=weights)
         seconds.append(time.perf_counter() - start)
     fast = sorted(seconds)[1]
-    print(f"{arguments.items} x {arguments.classes}, {len(RATES)} rates: {fast:.2f} s")
+    print(f"{items} x {classes}, {len(RATES)} rates: {fast:.2f} s")
 
     # One rate and two iterations of the loops are enough to know what all of them take.
     rows = posteriors.tolist(), labels.tolist(), weights.tolist()
@@ -67,6 +66,15 @@ def main() -> None:
     difference = (found - torch.tensor([*alpha, *mu, threshold], dtype=found.dtype)).abs().max()
     print(f"largest difference of the rules on 400 items: {float(difference):.1e}")
     print(f"balanced errors {float(plugin.errors.mean()):.6f} and {error:.6f}")
+    work = f"balpoe: rejection rules at {len(RATES)} rates, {items:,} items of {classes} classes"
+    return [in_seconds(work, "loops over items", loop, fast, "≥ 50")]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--items", type=int, default=10_000)
+    parser.add_argument("--classes", type=int, default=100)
+    measured(**vars(parser.parse_args()))
 
 
 if __name__ == "__main__":

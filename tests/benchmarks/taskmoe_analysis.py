@@ -1,6 +1,6 @@
 """Analysis of the experts: one pass over the images against passes for every image and expert.
 
-Usage: python tests/benchmarks/taskmoe_analysis.py [--images 1500] [--sample 30] [--rounds 3]
+Usage: python -m tests.benchmarks.taskmoe_analysis [--images 1500] [--sample 30] [--rounds 3]
 
 The loop passes each image through the network alone, once for every answer that `moectl taskmoe
 analyze` gives: the gates as they are, all of them on each expert, without each expert, equal gates,
@@ -28,7 +28,9 @@ from torch import Tensor
 from moectl.taskmoe.analysis import Examined, summary, temperature_sweep
 from moectl.taskmoe.analyze import TEMPERATURES
 from moectl.taskmoe.model import MergedMoE
+from tests.benchmarks.rows import Row, in_seconds
 
+QUICK = {"images": 200, "sample": 8}
 CLASSES, EXPERTS, WIDTH, BATCH = 15, 3, 16, 256
 PASSES = 1 + 2 * EXPERTS + 3 + len(TEMPERATURES)
 OWNERS = F.one_hot(torch.arange(CLASSES) * EXPERTS // CLASSES, EXPERTS)
@@ -128,7 +130,7 @@ def cpu_seconds(step: Callable[[], object]) -> float:
     return time.process_time() - start
 
 
-def measure(side: int, count: int, sample: int, rounds: int) -> None:
+def measure(side: int, count: int, sample: int, rounds: int) -> Row:
     print(f"\nwidth {WIDTH}, {side}x{side}, {EXPERTS} experts, {CLASSES} classes")
     slow, images = build().eval(), draw(count, side)
     fast = copy.deepcopy(slow).to(memory_format=torch.channels_last)
@@ -148,19 +150,23 @@ def measure(side: int, count: int, sample: int, rounds: int) -> None:
     print(f"  ratio {plain / (passed + told):.0f}")
     # Evaluation needs the first pass anyway, here as there.
     print(f"  ratio beyond an evaluation {plain * (PASSES - 1) / PASSES / told:.0f}")
+    work = f"taskmoe: analysis of {EXPERTS} experts, {count} images of {side} px, CPU time"
+    return in_seconds(work, f"{PASSES} passes for each image", plain, passed + told)
+
+
+def measured(images: int = 1500, sample: int = 30, rounds: int = 3) -> list[Row]:
+    """Print one ratio per image size, on one thread."""
+    torch.set_num_threads(1)
+    with torch.inference_mode():
+        return [measure(side, images, sample, rounds) for side in (16, 32)]
 
 
 def main() -> None:
-    """Print one ratio per image size, on one thread."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--images", type=int, default=1500)
     parser.add_argument("--sample", type=int, default=30)
     parser.add_argument("--rounds", type=int, default=3)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    with torch.inference_mode():
-        for side in (16, 32):
-            measure(side, arguments.images, arguments.sample, arguments.rounds)
+    measured(**vars(parser.parse_args()))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Time one training step of the mixture against plain forms of the same network.
 
-Run: python tests/benchmarks/taskmoe_step.py [BATCH ROUNDS]
+Usage: python -m tests.benchmarks.taskmoe_step [--batch 32] [--rounds 7]
 
 "loop" is the network as research code has it, with a loop over the experts and one module after the
 other. "batched" computes its experts as one grouped convolution over the channels of all of them.
@@ -8,6 +8,7 @@ All hold the same weights and are first shown to give the same outputs and gradi
 dropout, whose draws differ. Rows are timed in turn, so that a busy machine slows all of them alike.
 """
 
+import argparse
 import statistics
 import sys
 import time
@@ -19,7 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moectl.taskmoe.model import ConvBlock, MergedMoE, ReluDropoutMean, ResidualBlock
+from tests.benchmarks.rows import Row, in_seconds
 
+QUICK = {"batch": 8, "rounds": 3, "widths": (16,)}
 CLASSES, EXPERTS, SIDE = 15, 3, 32
 TOLERANCE = 1e-4
 
@@ -116,7 +119,7 @@ def check_equality(kind: str, width: int) -> None:
 
 
 @dataclass
-class Row:
+class Way:
     """One way to train, and the CPU seconds its steps took."""
 
     name: str
@@ -124,7 +127,7 @@ class Row:
     seconds: list[float] = field(default_factory=list)
 
 
-def row(kind: str, width: int, batch: int, *, last: bool, bf16: bool) -> Row:
+def row(kind: str, width: int, batch: int, *, last: bool, bf16: bool) -> Way:
     layout = torch.channels_last if last else torch.contiguous_format
     images, labels = draw(batch)
     images = images.contiguous(memory_format=layout)
@@ -136,10 +139,10 @@ def row(kind: str, width: int, batch: int, *, last: bool, bf16: bool) -> Row:
             logits = model(images).logits
         F.cross_entropy(logits.float(), labels).backward()
 
-    return Row(f"{kind}{', channels_last' if last else ''}", step)
+    return Way(f"{kind}{', channels_last' if last else ''}", step)
 
 
-def measure(width: int, batch: int, rounds: int, *, bf16: bool) -> None:
+def measure(width: int, batch: int, rounds: int, *, bf16: bool) -> Row:
     ways = [(kind, last) for last in (False, True) for kind in ("loop", "batched", "ours")]
     table = [row(kind, width, batch, last=last, bf16=bf16) for kind, last in ways]
     for number in range(rounds + 1):
@@ -153,19 +156,26 @@ def measure(width: int, batch: int, rounds: int, *, bf16: bool) -> None:
     for entry in table:
         seconds = statistics.median(entry.seconds)
         print(f"{entry.name:34}  {seconds * 1e3:8.1f} {first / seconds:8.2f}x")
+    kind = "bf16" if bf16 else "fp32"
+    work = f"taskmoe: forward and backward, width {width}, {kind}, batch {batch}, CPU time"
+    return in_seconds(work, "loop over experts", first, statistics.median(table[-1].seconds))
 
 
-def main() -> None:
+def measured(batch: int = 32, rounds: int = 7, widths: tuple[int, ...] = (64, 16)) -> list[Row]:
     """Check equality, then print one table per width and precision, on one thread."""
     torch.set_num_threads(1)
-    batch, rounds = map(int, sys.argv[1:3] or (32, 7))
-    for width in (64, 16):
+    for width in widths:
         for kind in ("batched", "ours"):
             check_equality(kind, width)
     print(f"\nforward and backward, {SIDE}x{SIDE}, batch {batch}, medians of {rounds} rounds")
-    for width in (64, 16):
-        for bf16 in (False, True):
-            measure(width, batch, rounds, bf16=bf16)
+    return [measure(width, batch, rounds, bf16=bf16) for width in widths for bf16 in (False, True)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=7)
+    measured(**vars(parser.parse_args()))
 
 
 if __name__ == "__main__":

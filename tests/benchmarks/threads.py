@@ -2,7 +2,7 @@
 
 Each row is a process of its own, since OpenMP reads its environment once.
 
-Usage: python tests/benchmarks/threads.py
+Usage: python -m tests.benchmarks.threads
 """
 
 import os

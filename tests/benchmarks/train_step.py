@@ -1,11 +1,12 @@
 """Time one training step of the network against a plain implementation of the same network.
 
-Run: python tests/benchmarks/train_step.py [BATCH ROUNDS]
+Usage: python -m tests.benchmarks.train_step [--batch 64] [--rounds 9]
 
 Both hold the same weights and are first shown to give the same outputs and gradients. The rows of a
 table are timed in turn, round by round, so that a busy machine slows all of them alike.
 """
 
+import argparse
 import statistics
 import sys
 import time
@@ -17,7 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moectl.balpoe.model import BalpoeNet
+from tests.benchmarks.rows import Row, in_seconds
 
+QUICK = {"batch": 16, "rounds": 3}
 CLASSES, EXPERTS = 100, 3
 TAU = torch.tensor([0.0, 1.0, 2.0])
 COUNTS = torch.tensor([int(500 * 0.01 ** (k / 99)) for k in range(CLASSES)])
@@ -131,7 +134,7 @@ def check_equality(dtype: torch.dtype, layout: torch.memory_format) -> None:
 
 
 @dataclass
-class Row:
+class Way:
     """One way to train, and the seconds (CPU, wall) its steps took."""
 
     name: str
@@ -139,7 +142,7 @@ class Row:
     seconds: list[tuple[float, float]] = field(default_factory=list)
 
 
-def row(name: str, model: nn.Module, batch: tuple[Tensor, Tensor], *, layout, bf16) -> Row:
+def row(name: str, model: nn.Module, batch: tuple[Tensor, Tensor], *, layout, bf16) -> Way:
     images, labels = batch
     images = images.contiguous(memory_format=layout)
     model.to(memory_format=layout)
@@ -150,10 +153,10 @@ def row(name: str, model: nn.Module, batch: tuple[Tensor, Tensor], *, layout, bf
             logits = model(images)
         expert_loss(logits.float(), labels).backward()
 
-    return Row(name, step)
+    return Way(name, step)
 
 
-def rows(batch_size: int, device: str) -> list[Row]:
+def rows(batch_size: int, device: str) -> list[Way]:
     """Build the rows; every row has a network of its own, because the layout is a state of it."""
     batch = draw(batch_size, device)
     nchw, nhwc = torch.contiguous_format, torch.channels_last
@@ -191,7 +194,7 @@ def cuda_seconds(step: Callable[[], None]) -> tuple[float, float]:
     return (time.process_time() - cpu) / 10, start.elapsed_time(end) / 10_000
 
 
-def measure(title: str, table: list[Row], clock, rounds: int) -> None:
+def measure(title: str, table: list[Way], clock, rounds: int) -> list[Row]:
     for entry in table:
         for _ in range(2):
             entry.step()
@@ -203,19 +206,35 @@ def measure(title: str, table: list[Row], clock, rounds: int) -> None:
     for entry, wall in zip(table, walls, strict=True):
         cpu = statistics.median(cpu for cpu, _ in entry.seconds)
         print(f"{entry.name:34}  {cpu * 1e3:8.1f} {wall * 1e3:8.1f} {walls[0] / wall:15.2f}x")
+    aims = ["≥ 1.1", ""] if title.startswith("CPU") else ["≥ 1.5", "≥ 4"]
+    ours = [(entry, wall) for entry, wall in zip(table, walls, strict=True) if "ours" in entry.name]
+    return [
+        in_seconds(
+            f"balpoe: training step, {entry.name}, {title}", "plain fp32", walls[0], wall, aim
+        )
+        for (entry, wall), aim in zip(ours, [*aims, aims[-1]], strict=False)
+    ]
+
+
+def measured(batch: int = 64, rounds: int = 9) -> list[Row]:
+    """Check equality, then print one table per device and number of threads."""
+    check_equality(torch.float32, torch.contiguous_format)
+    check_equality(torch.float64, torch.channels_last)
+    print(f"\nforward and backward, batch {batch}, medians of {rounds} rounds")
+    found = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        found += measure(f"CPU, {threads} threads", rows(batch, "cpu"), cpu_seconds, rounds)
+    if torch.cuda.is_available():
+        found += measure(torch.cuda.get_device_name(), rows(batch, "cuda"), cuda_seconds, rounds)
+    return found
 
 
 def main() -> None:
-    """Check equality, then print one table per device and number of threads."""
-    batch_size, rounds = map(int, sys.argv[1:3] or (64, 9))
-    check_equality(torch.float32, torch.contiguous_format)
-    check_equality(torch.float64, torch.channels_last)
-    print(f"\nforward and backward, batch {batch_size}, medians of {rounds} rounds")
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        measure(f"CPU, {threads} threads", rows(batch_size, "cpu"), cpu_seconds, rounds)
-    if torch.cuda.is_available():
-        measure(torch.cuda.get_device_name(), rows(batch_size, "cuda"), cuda_seconds, rounds)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=9)
+    measured(**vars(parser.parse_args()))
 
 
 if __name__ == "__main__":

@@ -140,6 +140,10 @@ def test_newest_unfinished_run_of_a_name(runs: dict[str, Path]) -> None:
     other = made("a/x-8", status="running", command="merge")
     assert newest_unfinished("a", "x", "train") == newest
     assert newest_unfinished("a", "x", "merge") == other
+    failed = made("a/x-9", status="failed")
+    assert newest_unfinished("a", "x", "train") == newest, "it had nothing to go on with"
+    (failed / "variants" / "first" / "checkpoints").mkdir(parents=True)
+    assert newest_unfinished("a", "x", "train") == failed
 
 
 def entry(file: str, epoch: int, best: bool = False) -> dict[str, Any]:

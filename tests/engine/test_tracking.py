@@ -67,7 +67,7 @@ def test_a_new_column_joins_the_old_rows(tmp_path: Path) -> None:
     file.write(row(1, a=1.5))
     file.write(row(2, b=None, a=0.1 + 0.2))
     assert (tmp_path / "m.csv").read_bytes() == (
-        b"update,epoch,elapsed_seconds,a,b\n1,1,0.5,1.5,\n2,1,0.5,0.30000000000000004,\n"
+        b"update,epoch,elapsed_seconds,a\n1,1,0.5,1.5\n2,1,0.5,0.30000000000000004\n"
     )
     again = MetricsFile(tmp_path / "m.csv")
     again.write(row(3, a=1, b=2))
@@ -88,6 +88,19 @@ def test_rows_after_the_checkpoint_are_dropped_with_their_columns(tmp_path: Path
     assert path.read_bytes() == before
     MetricsFile(path).keep_until(-1)
     assert MetricsFile(path).rows() == []
+
+
+def test_what_never_has_a_value_moves_no_column(tmp_path: Path) -> None:
+    path = tmp_path / "m.csv"
+    values = [{"never": None, "a": 1, "late": None}, {"a": 2, "late": 3}]
+    for number, own in enumerate(values):
+        MetricsFile(path).write(row(number, **own))
+    before = path.read_bytes()
+    MetricsFile(path).keep_until(0)
+    MetricsFile(path).write(row(1, **values[1]))
+    assert path.read_bytes() == before
+    MetricsFile(path).keep_until(1)
+    assert path.read_bytes() == before
 
 
 def test_a_torn_last_line_is_not_read(tmp_path: Path) -> None:

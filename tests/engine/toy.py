@@ -215,16 +215,27 @@ def launch(*words: object, processes: int = 1, **options: Any) -> subprocess.Pop
     )
 
 
+def strike(fault: str, loss: Any) -> Any:
+    """Return a loss that is not one, fail, or send this process a signal."""
+    if fault == "nan":
+        return loss * float("nan")
+    if fault == "crash":
+        raise RuntimeError("sample 17 is bad")
+    os.kill(os.getpid(), getattr(signal, f"SIG{fault.upper()}"))
+    return loss
+
+
 def main(words: list[str]) -> int:
     """One training: `FOLDER [resume=auto|named] [FAULT=UPDATE] [slow=S] [workers=N] [a__b=value]`.
 
-    FAULT is one of kill, term, int, usr1, nan. `HARM_RANK` picks the process that is hit. Several
-    such groups of words, with `--` between them, run one after another in the same processes.
+    FAULT is one of kill, term, int, usr1, nan, crash. `HARM_RANK` picks the process that is hit.
+    Several such groups of words, with `--` between them, run one after another in the same
+    processes.
     """
     folder, given = Path(words[0]), dict(word.split("=") for word in words[1:])
     resume, slow = given.pop("resume", ""), float(given.pop("slow", 0))
     workers = given.pop("workers", None)
-    kinds = ("kill", "term", "int", "usr1", "nan")
+    kinds = ("kill", "term", "int", "usr1", "nan", "crash")
     faults = {name: int(given.pop(name)) for name in kinds if name in given}
     options = settings(**given)
 
@@ -233,10 +244,8 @@ def main(words: list[str]) -> int:
         # In two processes only one is told: all must stop at the same update.
         if os.environ.get("RANK", "0") == os.environ.get("HARM_RANK", "0"):
             for name, update in faults.items():
-                if update == step.index and name == "nan":
-                    loss = loss * float("nan")
-                elif update == step.index:
-                    os.kill(os.getpid(), getattr(signal, f"SIG{name.upper()}"))
+                if update == step.index:
+                    loss = strike(name, loss)
         return loss
 
     from moectl.engine import console

@@ -7,7 +7,6 @@ import resource
 import shutil
 import signal
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,23 +18,9 @@ import pytest
 from moectl.engine import checkpoint
 from moectl.engine.errors import RunFailed, UserError
 from moectl.engine.files import sha256
+from tests.faults.procedures import in_child
 
 FILES = ("model.safetensors", "optimizer.pt", "loop.json", "manifest.json")
-
-
-def in_child(work: Callable[[], object]) -> int:
-    """Run something in a forked process, without its clean-up, and return the process number."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of fork beside threads
-        child = os.fork()
-    if child == 0:
-        code = 99
-        try:
-            work()
-            code = 0
-        finally:
-            os._exit(code)
-    return child
 
 
 def state(update: int, size: int = 64) -> dict[str, bytes]:
@@ -183,6 +168,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_corrupt_one(
 def _edited(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
     change(manifest)
+    manifest["sha256"] = checkpoint._signature(manifest)
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
@@ -203,6 +189,18 @@ def test_manifest_that_lies_is_corrupt(tmp_path: Path, change: Callable[[Any], A
     _edited(folder, change)
     with pytest.raises(checkpoint.Corrupt):
         checkpoint.read(folder)
+
+
+def test_a_bit_that_flips_anywhere_in_a_manifest_is_noticed(tmp_path: Path) -> None:
+    folder = checkpoint.save(tmp_path, 1, state(1, size=1), {"processes": 2})
+    path = folder / "manifest.json"
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        flipped = bytearray(whole)
+        flipped[place] ^= 1 << place % 8
+        path.write_bytes(flipped)
+        with pytest.raises(checkpoint.Corrupt):
+            checkpoint.read(folder)
 
 
 def test_every_checkpoint_corrupt_is_an_error_even_when_automatic(tmp_path: Path) -> None:

@@ -1,9 +1,8 @@
 """Trainings and profiles of controller that are killed, go on, or run in two processes."""
 
-import csv
 import importlib.util
 import json
-import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,8 +13,10 @@ import pytest
 import torch
 
 from moectl.cli import _run
-from moectl.controller import profile, train
+from moectl.controller.history import Executions
+from moectl.engine import artefact
 from moectl.engine.references import newest_unfinished
+from tests.faults import procedures
 
 SMALL = (
     *("--model", "sim", "--cpu", "--quiet", "--set", "train.threads=1"),
@@ -29,89 +30,50 @@ GRPO = (
 )  # 4 updates in each epoch
 PROFILE = ("profile", *SMALL, "--what", "importance,grid,latency", "--samples", "2", "--plans", "9")
 
-# One program for all, so that torch is imported once; it forks for each line `WHERE WORDS…`.
-KILLER = """
-import json, os, signal, sys
-import accelerate, scipy.optimize, scipy.stats, torch._dynamo
-import moectl.controller.profile, moectl.controller.train
-from moectl.cli import _run
-from moectl.controller.history import Executions
-from moectl.controller.ledger import Ledger
-from moectl.engine import artefact
-from moectl.engine.loop import Step
-from moectl.engine.run import Run
 
-def kill(cls, name, when, first, number=signal.SIGKILL):
-    own = getattr(cls, name)
-    def call(*words, **named):
-        if first and when(*words):
-            os.kill(os.getpid(), number)
-        found = own(*words, **named)
-        if not first and when(*words):
-            os.kill(os.getpid(), number)
-        return found
-    setattr(cls, name, call)
+def first(act: Callable[[], None], patch: pytest.MonkeyPatch) -> None:
+    """Act between the first weights and what lies beside them."""
+    own = artefact.write_json
 
-def torn(executions, lines, count=[0]):
-    count[0] += 1
-    text = "".join(json.dumps(line) + "\\n" for line in lines)
-    with executions.path.open("a") as file:
-        file.write(text[: len(text) // 2] if count[0] == 7 else text)
-    if count[0] == 7:
-        os.kill(os.getpid(), signal.SIGKILL)
+    def written(path: Path, document: Any) -> None:
+        if "epoch_0" in path.name:
+            act()
+        own(path, document)
 
-def arm(where):
-    match where:
-        case "first":  # weights, but not what lies beside them
-            kill(artefact, "write_json", lambda path, _: "epoch_0" in path.name, True)
-        case "weights":  # of the second epoch are written, its checkpoint is not
-            kill(Run, "save_weights", lambda _, name, *__: "epoch_2" in name, False)
-        case "torn":
-            Executions.add = torn
-        case "term":
-            kill(Ledger, "record", lambda _, step, *__: step.index == 5, True, signal.SIGTERM)
-        case _:
-            kill(Step, "update", lambda step, *_: step.index == int(where), True)
+    patch.setattr(artefact, "write_json", written)
 
-for line in sys.stdin:
-    where, *words = line.split()
-    child = os.fork()
-    if not child:
-        arm(where)
-        os._exit(_run(["controller", *words]))
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-PLACES = ("first", "0", "6", "weights", "torn", "term")
+
+def torn(act: Callable[[], None], patch: pytest.MonkeyPatch) -> None:
+    """Act in the middle of the seventh answers that are written down."""
+    count = iter(range(1, 10_000))
+
+    def add(executions: Executions, lines: list[Any]) -> None:
+        text, seventh = "".join(json.dumps(line) + "\n" for line in lines), next(count) == 7
+        with executions.path.open("a") as file:
+            file.write(text[: len(text) // 2] if seventh else text)
+        if seventh:
+            act()
+
+    patch.setattr(Executions, "add", add)
+
+
+PLACES = {"first": first, "torn": torn}
 
 
 @pytest.fixture(scope="module", autouse=True)
 def quick() -> Iterator[None]:
-    """No pictures: what they show has tests of its own."""
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (train, profile):
-            patch.setattr(module, "report", lambda _: None)
+    with procedures.without_pictures():
         yield
 
 
-@pytest.fixture(scope="module")
-def killed(
-    tmp_path_factory: pytest.TempPathFactory, start: Callable[..., subprocess.Popen[str]]
-) -> Path:
-    """The folder of all runs, each killed at the place that it is named after."""
-    root = tmp_path_factory.mktemp("killed")
-    lines = [f"{where} {' '.join(GRPO)} --name at-{where}\n" for where in PLACES]
-    lines += [f"torn {' '.join(PROFILE)} --name profile\n"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MOECTL_RUNS", str(root))
-        program = start(
-            program=(sys.executable, "-c", KILLER),
-            stdin=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
-        )
-    with program:
-        out, err = program.communicate("".join(lines), timeout=120)
-    assert out.split() == ["75" if where == "term" else "-9" for where in (*PLACES, "")], err
-    return root
+def killed(where: str, words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> int:
+    """Run a command in a process that is killed at a place."""
+
+    def doomed() -> int:
+        PLACES[where](procedures.signalled(signal.SIGKILL), monkeypatch)
+        return _run(["controller", *words])
+
+    return procedures.exit_code(doomed)
 
 
 @pytest.fixture(scope="module")
@@ -121,15 +83,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for words in (GRPO, PROFILE):
         assert _run(["controller", *words, "--out", str(root / words[0])]) == 0
     return root
-
-
-def rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        found = list(csv.DictReader(file))
-    for row in found:
-        row.pop("seconds", None)
-        row.pop("elapsed_seconds", None)
-    return found
 
 
 def status(folder: Path) -> str:
@@ -145,37 +98,38 @@ def same(one: Path, other: Path) -> None:
             assert (one / name).read_bytes() == (other / name).read_bytes(), name
     assert (one / "executions.jsonl").read_bytes() == (other / "executions.jsonl").read_bytes()
     for name in ("training_history.csv", "validation_history.csv", "metrics.csv"):
-        assert rows(one / name) == rows(other / name), name
-    assert len(rows(one / "training_history.csv")) == 3
+        assert procedures.rows(one / name) == procedures.rows(other / name), name
+    assert len(procedures.rows(one / "training_history.csv")) == 3
 
 
 @pytest.mark.parametrize("where", PLACES)
 def test_a_killed_training_resumes_exactly(
-    killed: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, where: str
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
-    monkeypatch.setenv("MOECTL_RUNS", str(killed))
-    folder = newest_unfinished("controller", f"at-{where}", "grpo")
+    monkeypatch.setenv("MOECTL_RUNS", str(tmp_path))
+    words = (*GRPO, "--name", "cut")
+    assert killed(where, words, monkeypatch) == -signal.SIGKILL
+    folder = newest_unfinished("controller", "cut", "grpo")
     assert folder is not None
-    assert (folder / "checkpoints").exists() == (where not in ("first", "0"))
     assert (folder / "checkpoint_epoch_0.pt.json").exists() == (where != "first")
-    assert (folder / "checkpoint_epoch_2.pt").exists() == (where == "weights")
-    assert status(folder) == ("interrupted" if where == "term" else "running")
     if where == "torn":
         assert not (folder / "executions.jsonl").read_bytes().endswith(b"\n")
-    assert _run(["controller", *GRPO, "--name", f"at-{where}", "--resume", "auto"]) == 0
+    assert _run(["controller", *words, "--resume", "auto"]) == 0
     assert status(folder) == "finished"
     same(folder, whole / "grpo")
-    assert newest_unfinished("controller", f"at-{where}", "grpo") is None
+    assert newest_unfinished("controller", "cut", "grpo") is None
 
 
 def test_a_killed_profile_goes_on(
-    killed: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("MOECTL_RUNS", str(killed))
-    folder = newest_unfinished("controller", "profile", "profile")
+    monkeypatch.setenv("MOECTL_RUNS", str(tmp_path))
+    words = (*PROFILE, "--name", "cut")
+    assert killed("torn", words, monkeypatch) == -signal.SIGKILL
+    folder = newest_unfinished("controller", "cut", "profile")
     assert folder is not None
     assert not (folder / "importance.json").exists()
-    assert _run(["controller", *PROFILE, "--name", "profile", "--resume", "auto"]) == 0
+    assert _run(["controller", *words, "--resume", "auto"]) == 0
     assert status(folder) == "finished"
     for name in ("executions.jsonl", "importance.json", "latency.json", "grid.jsonl", "lut.json"):
         assert (folder / name).read_bytes() == (whole / "profile" / name).read_bytes(), name
@@ -191,18 +145,6 @@ def test_more_epochs_end_as_if_asked_for_at_once(whole: Path, tmp_path: Path) ->
     assert (folder / "checkpoint_epoch_3.pt").read_bytes() == (
         whole / "grpo" / "checkpoint_epoch_3.pt"
     ).read_bytes()
-
-
-def test_a_loss_that_is_not_finite_ends_the_training(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = ("--optimizer", "sgd", "--set", "optim.clip_norm=0", "--lr", "1e30")
-    assert _run(["controller", *GRPO, *words, "--out", str(tmp_path / "run")]) == 1
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert "error: loss or gradient not finite at update " in err
-    assert status(tmp_path / "run") == "failed"
-    assert [path.name for path in (tmp_path / "run").glob("*.pt")] == ["checkpoint_epoch_0.pt"]
 
 
 # Two processes
@@ -318,7 +260,7 @@ def test_two_processes_end_in_the_weights_of_one(both: tuple[Path, Path], varian
 @pytest.mark.parametrize("variant", ["learned", "fixed", "cut"])
 def test_two_processes_have_the_histories_of_one(both: tuple[Path, Path], variant: str) -> None:
     for name in ("training_history.csv", "validation_history.csv", "metrics.csv"):
-        one, two = (rows(folder / variant / name) for folder in both)
+        one, two = (procedures.rows(folder / variant / name) for folder in both)
         assert len(one) == len(two) == 2
         for first, second in zip(one, two, strict=True):
             assert list(first) == list(second)

@@ -1,9 +1,8 @@
-"""Trainings of diffusion that are killed, fail, go on, or run in two processes."""
+"""Trainings of diffusion that get more epochs, or run in two processes."""
 
 import csv
 import importlib.util
 import json
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -26,42 +25,6 @@ TINY = (
 )
 TWICE = (*TINY, "--epochs", "2")  # of 4 updates each
 
-# One program for all, so that torch is imported once; it forks for each line `WHERE WORDS…`.
-KILLER = """
-import os, signal, sys
-import accelerate, sklearn.datasets, sklearn.model_selection, torch._dynamo
-import moectl.diffusion.train
-from moectl.cli import _run
-from moectl.engine.loop import Step
-from moectl.engine.run import Run
-
-def kill(cls, name, when, first):
-    own = getattr(cls, name)
-    def call(*words, **named):
-        if first and when(*words):
-            os.kill(os.getpid(), signal.SIGKILL)
-        found = own(*words, **named)
-        if when(*words):
-            os.kill(os.getpid(), signal.SIGKILL)
-        return found
-    setattr(cls, name, call)
-
-def arm(where):
-    if where == "weights":  # of the first epoch are written, its checkpoint is not
-        kill(Run, "save_weights", lambda *_: True, False)
-    else:
-        kill(Step, "update", lambda step, *_: step.index == int(where), True)
-
-for line in sys.stdin:
-    where, *words = line.split()
-    child = os.fork()
-    if not child:
-        arm(where)
-        os._exit(_run(["diffusion", *words]))
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-KILLED = ("0", "6", "weights")
-
 
 @pytest.fixture(scope="module", autouse=True)
 def quick() -> Iterator[None]:
@@ -69,20 +32,6 @@ def quick() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plot, "write_png", lambda _, path: path.write_bytes(b""))
         yield
-
-
-@pytest.fixture(scope="module")
-def killed(
-    tmp_path_factory: pytest.TempPathFactory, start: Callable[..., subprocess.Popen[str]]
-) -> Path:
-    """A folder of runs, each killed at the place that it is named after."""
-    root = tmp_path_factory.mktemp("killed")
-    lines = [f"{where} {' '.join(TWICE)} --out {root}/{where}\n" for where in KILLED]
-    program = start(program=(sys.executable, "-c", KILLER), stdin=subprocess.PIPE)
-    with program:
-        out, err = program.communicate("".join(lines), timeout=120)
-    assert out.split() == ["-9"] * len(lines), err
-    return root
 
 
 @pytest.fixture(scope="module")
@@ -101,25 +50,6 @@ def metrics(folder: Path) -> list[dict[str, str]]:
     return rows
 
 
-def status(folder: Path) -> str:
-    return str(json.loads((folder / "run.json").read_text())["status"])
-
-
-@pytest.mark.parametrize("where", KILLED)
-def test_a_killed_training_resumes_exactly(killed: Path, whole: Path, where: str) -> None:
-    folder = killed / where
-    assert (folder / "checkpoints").exists() == (where != "0")
-    first = (folder / "checkpoint_epoch_1.pth").exists()
-    assert first == (where in ("6", "weights"))
-    assert status(folder) == "running"
-    assert _run(["diffusion", *TWICE, "--resume", str(folder)]) == 0
-    assert status(folder) == "finished"
-    for name in ("checkpoint_epoch_1.pth", "checkpoint_epoch_2.pth"):
-        assert (folder / name).read_bytes() == (whole / name).read_bytes()
-    assert metrics(folder) == metrics(whole)
-    assert len(metrics(whole)) == 4
-
-
 def test_more_epochs_end_as_if_asked_for_at_once(whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     assert _run(["diffusion", *TINY, "--epochs", "1", "--out", str(folder)]) == 0
@@ -127,26 +57,6 @@ def test_more_epochs_end_as_if_asked_for_at_once(whole: Path, tmp_path: Path) ->
     name = "checkpoint_epoch_2.pth"
     assert (folder / name).read_bytes() == (whole / name).read_bytes()
     assert metrics(folder) == metrics(whole)
-
-
-def test_other_settings_are_refused_on_resume(
-    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = shutil.copytree(whole, tmp_path / "run")
-    assert _run(["diffusion", *TWICE, "--resume", str(folder), "--ema-decay", "0.5"]) == 2
-    assert "train.ema_decay = 0.5 (the run has 0.9)" in capsys.readouterr().err
-
-
-def test_a_loss_that_is_not_finite_ends_the_training(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = ("--optimizer", "sgd", "--set", "optim.clip_norm=0", "--lr", "1e12")
-    assert _run(["diffusion", *TWICE, *words, "--out", str(tmp_path / "run")]) == 1
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert "error: loss or gradient not finite at update 2 (epoch 1, batch 2" in err
-    assert status(tmp_path / "run") == "failed"
-    assert not list((tmp_path / "run").glob("*.pth"))
 
 
 # Two processes

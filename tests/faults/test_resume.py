@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from moectl.engine import checkpoint
 from moectl.engine.errors import Interrupted, RunFailed, UserError
 
 
@@ -191,6 +192,25 @@ def test_two_processes(toy: ModuleType, whole: Path, tmp_path: Path) -> None:
         toy.complete(Path(a), resume="named")
 
 
+@pytest.mark.parametrize("fault", ["kill", "crash"])
+def test_a_process_that_dies_alone_ends_the_others(
+    toy: ModuleType, tmp_path: Path, fault: str
+) -> None:
+    folder = tmp_path / "run"
+    words = (folder, f"{fault}=5", "train__save_minutes=0")
+    with toy.launch(*words, processes=2, env={"HARM_RANK": "1"}) as program:
+        _, err = program.communicate(timeout=90)
+    assert program.returncode not in (0, 75), err
+    assert toy.checkpoints(folder)[-1] == "update-00000005"
+    checkpoint.read(folder / "checkpoints" / "update-00000005")
+    if fault == "crash":
+        assert "RuntimeError: sample 17 is bad" in (folder / "log.txt").read_text()
+        assert toy.status(folder)[0] == "failed"
+    # Nobody holds the lock, and what is refused is the other number of processes.
+    with pytest.raises(UserError, match="begun with 2 processes, resumed with 1"):
+        toy.complete(folder, resume="auto", train__save_minutes=0)
+
+
 @pytest.mark.parametrize("fault", ["nan", "inf"])
 def test_a_loss_that_is_not_finite_ends_the_run(
     toy: ModuleType, tmp_path: Path, fault: str
@@ -202,6 +222,20 @@ def test_a_loss_that_is_not_finite_ends_the_run(
         toy.complete(tmp_path / "run", on_step=harm, train__save_minutes=0)
     assert toy.checkpoints(tmp_path / "run")[-1] == "update-00000005"
     _all_finite(tmp_path / "run")
+
+
+def test_a_loss_that_is_not_finite_is_noticed_although_nothing_is_saved(
+    toy: ModuleType, tmp_path: Path
+) -> None:
+    seen = []
+
+    def harm(step: Any, loss: Any) -> Any:
+        seen.append(step.index)
+        return loss * float("nan") if step.index == 5 else loss
+
+    with pytest.raises(RunFailed, match="not finite at update 6"):
+        toy.complete(tmp_path / "run", on_step=harm, train__save_minutes=60)
+    assert seen[-1] == 5
 
 
 def test_a_gradient_that_is_not_finite_ends_the_run(toy: ModuleType, tmp_path: Path) -> None:

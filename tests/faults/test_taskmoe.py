@@ -1,11 +1,12 @@
-"""Trainings of taskmoe that are killed, and its balance over several processes."""
+"""A mixture that is killed before its first checkpoint, and balance over several processes."""
 
-import csv
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,9 @@ import pytest
 import torch
 
 from moectl.cli import _run
-from moectl.engine import plot
-from moectl.taskmoe import eval as evaluation
-from moectl.taskmoe import heat_maps, pictures
+from moectl.engine.loop import Loop
 from moectl.taskmoe.losses import balance_loss, top_shares
-from moectl.taskmoe.model import Specialist
+from tests.faults import procedures
 
 TINY = (
     *("--task", "digits", "--width", "4", "--batch-size", "67", "--precision", "no", "--quiet"),
@@ -25,151 +24,28 @@ TINY = (
     *("--set", "train.log_every=3", "--set", "train.tensorboard=false"),
 )
 MIXTURE = ("train", *TINY, "--freeze-extractor-epochs", "1", "--expert-analysis-interval", "0")
-SPECIALIST = ("specialist", *TINY, "--specialist", "2")
-
-# One program for all, so that torch is imported once; it forks for each line `WHERE WORDS…`.
-KILLER = """
-import os, signal, sys
-import accelerate, scipy.optimize, sklearn.datasets, sklearn.model_selection, torch._dynamo
-import moectl.taskmoe.specialist, moectl.taskmoe.stages
-from moectl.cli import _run
-from moectl.engine.loop import Loop, Step
-from moectl.engine.run import Run
-
-def kill(cls, name, when, first):
-    own = getattr(cls, name)
-    def call(*words, **named):
-        if first and when(*words):
-            os.kill(os.getpid(), signal.SIGKILL)
-        found = own(*words, **named)
-        if when(*words):
-            os.kill(os.getpid(), signal.SIGKILL)
-        return found
-    setattr(cls, name, call)
-
-def arm(where):
-    if where == "rehearsal":
-        kill(Loop, "rehearse", lambda *_: True, True)
-    elif where == "weights":  # of the first epoch are written, its checkpoint is not
-        kill(Run, "save_weights", lambda _, name, *__: name == "best_model.pth", False)
-    elif where == "end":  # the last checkpoint is written, the test has not begun
-        kill(Loop, "_after_update", lambda loop, *_: loop.epoch == loop.settings.epochs, False)
-    else:
-        kill(Step, "update", lambda step, *_: step.index == int(where), True)
-
-for line in sys.stdin:
-    where, *words = line.split()
-    child = os.fork()
-    if not child:
-        arm(where)
-        os._exit(_run(["taskmoe", *words]))
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-KILLED: list[tuple[tuple[str, ...], str]]
-KILLED = [(MIXTURE, where) for where in ("7", "weights", "end")]
-KILLED += [(SPECIALIST, where) for where in ("7", "weights")]
-EARLY = (MIXTURE, "rehearsal")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick() -> Iterator[None]:
-    """Leave pictures empty: what they show has tests of its own."""
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (heat_maps, pictures, plot):
-            patch.setattr(module, "write_png", lambda _, path: path.write_bytes(b""))
-        patch.setattr(evaluation, "sample_predictions", lambda path, _: path.write_bytes(b""))
-        yield
-
-
-@pytest.fixture(scope="module")
-def submodels(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three specialists as public files, with random weights."""
-    root = tmp_path_factory.mktemp("submodels")
-    (root / "digits").mkdir()
-    for number in (1, 2, 3):
-        torch.manual_seed(number)
-        state = Specialist(3, 4).state_dict()
-        torch.save(state, root / "digits" / f"data{number}_33.33_epoch0.pth")
-    return root
-
-
-def words_of(command: tuple[str, ...], submodels: Path) -> tuple[str, ...]:
-    return (*command, "--submodels-dir", str(submodels)) if command is MIXTURE else command
-
-
-@pytest.fixture(scope="module")
-def killed(
-    submodels: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-    start: Callable[..., subprocess.Popen[str]],
-) -> Path:
-    """A folder of runs that were killed: `COMMAND-WHERE`."""
-    root = tmp_path_factory.mktemp("killed")
-    gone = shutil.copytree(submodels, root / "submodels")
-    lines = [
-        f"{where} {' '.join(words_of(command, place))} --out {root}/{command[0]}-{where}\n"
-        for command, where, place in (
-            (*EARLY, gone),
-            *((command, where, submodels) for command, where in KILLED),
-        )
-    ]
-    program = start(program=(sys.executable, "-c", KILLER), stdin=subprocess.PIPE)
-    with program:
-        out, err = program.communicate("".join(lines), timeout=120)
-    assert out.split() == ["-9"] * len(lines), err
-    shutil.rmtree(gone)
-    return root
-
-
-@pytest.fixture(scope="module")
-def whole(submodels: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Runs that nothing disturbed, by command."""
-    root = tmp_path_factory.mktemp("whole")
-    for command in (MIXTURE, SPECIALIST):
-        words = (*words_of(command, submodels), "--out", f"{root}/{command[0]}")
-        assert _run(["taskmoe", *words]) == 0
-    return {command[0]: root / command[0] for command in (MIXTURE, SPECIALIST)}
-
-
-def metrics(folder: Path) -> list[dict[str, str]]:
-    with (folder / "metrics.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    for row in rows:
-        del row["elapsed_seconds"]
-    return rows
-
-
-def same(one: Path, other: Path) -> None:
-    for name in ("best_model.pth", "last.pth"):
-        assert (one / name).read_bytes() == (other / name).read_bytes()
-    assert metrics(one) == metrics(other)
-
-
-def resumed(folder: Path, *words: str) -> Path:
-    assert json.loads((folder / "run.json").read_text())["status"] == "running"
-    assert _run(["taskmoe", *words, "--resume", str(folder)]) == 0
-    assert json.loads((folder / "run.json").read_text())["status"] == "finished"
-    return folder
-
-
-@pytest.mark.parametrize(
-    ("command", "where"), KILLED, ids=[f"{command[0]}-{where}" for command, where in KILLED]
-)
-def test_a_killed_training_resumes_exactly(
-    killed: Path, whole: dict[str, Path], submodels: Path, command: tuple[str, ...], where: str
-) -> None:
-    folder = killed / f"{command[0]}-{where}"
-    assert list((folder / "checkpoints").iterdir())
-    same(resumed(folder, *words_of(command, submodels)), whole[command[0]])
 
 
 def test_before_the_first_checkpoint_it_starts_again_from_its_own_merged_weights(
-    killed: Path, whole: dict[str, Path]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = killed / "train-rehearsal"
-    assert not (folder / "checkpoints").exists()
-    # The specialists are gone: the weights can come from nowhere else.
-    same(resumed(folder, *words_of(MIXTURE, killed / "submodels")), whole["train"])
+    procedures.prepare(tmp_path)
+    gone = tmp_path / "submodels"
+    words = ("taskmoe", *MIXTURE, "--submodels-dir", str(gone))
+
+    def doomed() -> int:
+        monkeypatch.setattr(Loop, "rehearse", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        return _run([*words, "--out", str(tmp_path / "run")])
+
+    with procedures.without_pictures():
+        assert _run([*words, "--out", str(tmp_path / "whole")]) == 0
+        assert procedures.exit_code(doomed) == -signal.SIGKILL
+        assert not (tmp_path / "run" / "checkpoints").exists()
+        shutil.rmtree(gone)  # the weights can come from nowhere else
+        assert _run([*words, "--resume", str(tmp_path / "run")]) == 0
+    for name in ("best_model.pth", "last.pth"):
+        same = (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+        assert same, name
 
 
 # Two processes
