@@ -1,5 +1,6 @@
 """The table of contents of `moectl`, and how errors become exit codes."""
 
+import errno
 import importlib
 import os
 import sys
@@ -197,8 +198,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         sys.stdout.flush()
     except BrokenPipeError:  # the reader has seen enough
         code = 1
-    except OSError as error:  # what only the last flush could not write, as --version
-        _say(f"standard output could not be written: {error.strerror or error}")
+    except OSError as error:  # what no command writes itself, as --version
+        _say(f"output could not be written: {error.strerror or error}")
         code = 1
     if code:
         _drop_stdout()
@@ -237,6 +238,8 @@ def _run(arguments: list[str]) -> int:
     except Exception as error:
         if hasattr(error, "format_message"):  # the parser's own complaint
             return _usage(error)
+        if getattr(error, "errno", None) == errno.ENOSPC:
+            raise
         _say(f"{type(error).__name__}: {error}", "--debug shows where; a run's log.txt has it too")
         code = 1
     return code

@@ -424,3 +424,16 @@ def test_root_help_lists_the_options_there_are(moectl: Callable[..., Outcome]) -
     _, out, _ = moectl("--help")
     for option in ("--version", "--install-completion", "--help"):
         assert option in out
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+@pytest.mark.parametrize("word", ["--version", "--help"])
+def test_what_cannot_be_written_is_said_in_a_sentence(
+    start: Start, tmp_path: Path, word: str
+) -> None:
+    with Path("/dev/full").open("w") as full:
+        program = start(word, cwd=tmp_path, stdout=full)
+        err = program.communicate()[1]
+    assert program.returncode == 1
+    text = err if isinstance(err, str) else err.decode()
+    assert text == "error: output could not be written: No space left on device\n"
