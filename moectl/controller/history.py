@@ -98,7 +98,6 @@ class Executions:
 
     def add(self, lines: Sequence[Mapping[str, Any]]) -> None:
         """Append lines."""
-        self.path.parent.mkdir(exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(line, allow_nan=False) + "\n" for line in lines)
 
@@ -134,6 +133,7 @@ class Kept(Remembered):
     """
 
     def __init__(self, inner: Environment, path: Path) -> None:
+        path.parent.mkdir(exist_ok=True)
         self.file = Executions(path)
         self.file.keep_until(0)  # a torn last line would spoil the next one
         super().__init__(inner, self.file.known())

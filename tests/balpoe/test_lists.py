@@ -1,5 +1,3 @@
-import logging
-
 import numpy as np
 import pytest
 import torch
@@ -250,7 +248,6 @@ def test_the_first_of_many_unreadable_files_is_named(folder, monkeypatch):
 
 @pytest.mark.parametrize("change", [{}, {"imbalance_ratio": 10.0}, {"profile": "step"}])
 def test_settings_that_do_nothing_with_lists_are_named(folder, caplog, change):
-    logging.getLogger("moectl").propagate = True
     load(section(folder, **change), 1)
     said = [f"data.{name} does nothing with list files: their counts are 4 to 1" for name in change]
     assert [record.getMessage() for record in caplog.records] == said

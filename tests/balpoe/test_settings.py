@@ -8,8 +8,7 @@ from moectl.balpoe.model import BalpoeNet
 from moectl.balpoe.settings import BalpoeSettings, PluginSection
 from moectl.engine.errors import UserError
 from moectl.engine.optim import build_schedule
-from moectl.engine.options import flag_of
-from moectl.engine.settings import fields, from_toml, resolve, to_toml
+from moectl.engine.settings import fields, flag_of, from_toml, resolve, to_toml
 
 ORIGINAL_FLAGS = [
     "config", "resume", "device", "log-config", "seed", "val", "validate", "use-wandb", "n-gpu",

@@ -1,7 +1,6 @@
 """What a policy acts on: questions, tables, budgets, and what of them is written down."""
 
 import json
-import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -90,9 +89,8 @@ def test_a_network_that_cannot_be_is_refused_before_questions_are_loaded(
 
 
 def test_budgets_outside_of_the_training_are_named_once_each(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(logging.getLogger("moectl"), "propagate", True)
     warn_outside([340.1, 500, 120, 50, 500, 99.5], (100, 340), "ms")
     assert [record.getMessage() for record in caplog.records] == [
         f"budget {budget} is outside of what the controller was trained for: 100 to 340 ms"

@@ -6,8 +6,8 @@ import pytest
 
 from moectl.diffusion.settings import DiffusionSettings
 from moectl.engine.errors import UserError
-from moectl.engine.options import field_option, flag_of
-from moectl.engine.settings import fields, flatten, resolve
+from moectl.engine.options import field_option
+from moectl.engine.settings import fields, flag_of, flatten, resolve
 
 # What the document of the original gives.
 DOCUMENT = {

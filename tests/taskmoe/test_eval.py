@@ -186,7 +186,7 @@ def test_without_one_results_go_into_the_run_and_its_report(
     assert json.loads(out)["folder"] == str(own / "t" / "evals" / "test@last")
     new = {name for name, data in contents(own).items() if before.get(name) != data}
     new.discard("t/plots/learning_curve.png")  # drawn anew
-    assert {f"t/evals/test@last/{name}" for name in FILES} | {"t/report.md"} == new
+    assert {f"t/evals/test@last/{name}" for name in FILES} | {"t/report.md", "t/report.html"} == new
     assert "weights `last`" in (own / "t" / "report.md").read_text()
     assert list(isolated.iterdir()) == []
 

@@ -73,8 +73,8 @@ def settings(**changes: Any) -> TaskmoeSettings:
 def request(folder: Path | None, reference: str = "", **asked: Any) -> Request:
     """What the command line makes of a reference to a run, with some settings on top."""
     named = {name.replace("__", "."): value for name, value in asked.items()}
-    files = [folder / "settings.toml"] if folder else []
-    wanted, origin = resolve(TaskmoeSettings, named, [], files)
+    stored = folder / "settings.toml" if folder else None
+    wanted, origin = resolve(TaskmoeSettings, named, [], [], stored)
     return Request(
         room="taskmoe",
         command="eval",
