@@ -85,6 +85,7 @@ def run_eval(request: Request) -> tuple[dict[str, Any], str]:
     opened = open_trained(request)
     named = request.names("eval.policies")
     policies = policies_of(opened, named=named)
+    opened.kept.file.path.parent.mkdir(exist_ok=True)
     document, outcomes = evaluate(opened, policies, budgets_of(opened))
     folder = opened.folder / "evals" / f"{SPLIT}@{opened.tag}"
     write_results(folder, document, outcomes if opened.settings.eval.save_predictions else {})

@@ -133,7 +133,6 @@ class Kept(Remembered):
     """
 
     def __init__(self, inner: Environment, path: Path) -> None:
-        path.parent.mkdir(exist_ok=True)
         self.file = Executions(path)
         self.file.keep_until(0)  # a torn last line would spoil the next one
         super().__init__(inner, self.file.known())
