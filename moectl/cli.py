@@ -1,7 +1,9 @@
 """The table of contents of `moectl`, and how errors become exit codes."""
 
+import codecs
 import errno
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -187,12 +189,15 @@ def _root(
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit: 0 done, 1 failed, 2 usage, 75 resumable, 130 second Ctrl-C."""
-    from moectl.engine.launch import leave
+    from moectl.engine.launch import leave, offline
 
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     code = 0
+    if offline():  # else the hub's library asks for lists of its own, whatever it is told to fetch
+        os.environ["HF_HUB_OFFLINE"] = "1"
     if sys.stdout is None:  # closed by whoever started us
         sys.stdout = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8")
+    _take_any_character()
     try:
         code = _run(arguments)
         sys.stdout.flush()
@@ -204,6 +209,16 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     if code:
         _drop_stdout()
     leave(code)
+
+
+def _take_any_character() -> None:
+    """Let no result fail on a locale: a table has dashes, a folder may have any name."""
+    if not isinstance(sys.stdout, io.TextIOWrapper):
+        return
+    if codecs.lookup(sys.stdout.encoding).name in ("ascii", "utf-8"):
+        sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
+    else:
+        sys.stdout.reconfigure(errors="replace")
 
 
 def _drop_stdout() -> None:
@@ -240,9 +255,19 @@ def _run(arguments: list[str]) -> int:
             return _usage(error)
         if getattr(error, "errno", None) == errno.ENOSPC:
             raise
-        _say(f"{type(error).__name__}: {error}", "--debug shows where; a run's log.txt has it too")
+        _say(*_unexpected(error))
         code = 1
     return code
+
+
+def _unexpected(error: Exception) -> tuple[str, str]:
+    """Return the sentence and the hint for an error that nobody foresaw."""
+    kind, text = type(error).__name__, str(error)
+    if kind in ("OutOfMemoryError", "MemoryError") or "can't allocate memory" in text:
+        reason = ". ".join(text.partition("\n")[0].split(". ")[:2])  # not the state of the device
+        less = "a smaller --batch-size needs less; --set train.accumulate=2 keeps the update"
+        return f"out of memory ({reason})" if reason else "out of memory", less
+    return f"{kind}: {text}", "--debug shows where; a run's log.txt has it too"
 
 
 def _call(arguments: list[str], debug: bool) -> int:

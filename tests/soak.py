@@ -261,7 +261,7 @@ def main() -> None:
     say(f"mismatches {len(soak.wrong)}")
     for line in soak.wrong:
         say(f"  {line}")
-    if not soak.wrong:
+    if not soak.wrong and not asked.folder:  # a folder of the user's may hold other things
         shutil.rmtree(root)
     sys.exit(bool(soak.wrong))
 

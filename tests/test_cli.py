@@ -93,7 +93,19 @@ def test_what_a_command_makes_use_of_is_an_option(leaf: str, names: str) -> None
         (KeyboardInterrupt(), 130, "stopped: Ctrl-C"),
         (ValueError("odd"), 1, "error: ValueError: odd"),
         (OSError(28, "No space left on device"), 1, "No space left on device"),
-        (MemoryError(), 1, "error: MemoryError"),
+        (MemoryError(), 1, "error: out of memory\nhint: a smaller --batch-size"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: 80 bytes."),
+            1,
+            "error: out of memory (DefaultCPUAllocator: can't allocate memory: 80 bytes.)",
+        ),
+        (
+            type("OutOfMemoryError", (RuntimeError,), {})(
+                "CUDA out of memory. Tried to allocate 20 MiB. GPU 0 has 3 KiB free. And so on."
+            ),
+            1,
+            "error: out of memory (CUDA out of memory. Tried to allocate 20 MiB)",
+        ),
     ],
 )
 def test_errors_become_exit_codes(

@@ -7,6 +7,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from moectl.engine.errors import UserError
+from moectl.engine.files import read_text
 from moectl.engine.images import check_image, read_image
 
 if TYPE_CHECKING:
@@ -101,11 +102,7 @@ def read_list(path: Path, images: Path) -> Items:
     Raises:
         UserError: naming the file, the line and what is wrong with it.
     """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise UserError(f"{path}: cannot be read ({reason})", "see data.train_list") from None
+    lines = read_text(path, "see data.train_list").split("\n")
     items: Items = []
     numbers = []
     for number, line in enumerate(lines, start=1):

@@ -198,10 +198,7 @@ def run_plugin(request: Request, logits: Path | None) -> tuple[dict[str, Any], s
         outputs = read_outputs(logits, settings.data.val_fraction, settings.train.seed)
         fitted = fit(outputs, settings.plugin, settings.train.seed)
         with open_run(replace(request, settings=_described(settings, outputs))) as run:
-            kept = _keep(fitted, _adopt(run, logits, outputs), request.name)
-            if run.is_main:
-                report(run.folder)
-            return kept
+            return _keep(fitted, _adopt(run, logits, outputs), request.name)
     assert request.folder is not None
     if request.out:
         raise UserError("--out is for --logits alone", "a plug-in of a run is kept in the run")
@@ -234,7 +231,7 @@ def _adopt(run: Run[BalpoeSettings], path: Path, outputs: Outputs) -> Classifier
 
 
 def _keep(fitted: Fitted, found: Classifier, name: str) -> tuple[dict[str, Any], str]:
-    """Write the plug-in under a name that no other fit of the run has."""
+    """Write the plug-in under a name that no other fit of the run has, and the report again."""
     document = to_document(replace(fitted, weights=found.weights))
     for number in itertools.count(1):
         folder = found.folder / "plugins" / (name if number == 1 else f"{name}-{number}")
@@ -247,6 +244,7 @@ def _keep(fitted: Fitted, found: Classifier, name: str) -> tuple[dict[str, Any],
             write_json(path, document)
         except OSError as error:
             raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+        report(found.folder)
     for point in document["points"]:
         log.info("%s", _line(point))
     return {"file": str(path), **document}, str(path)
@@ -261,7 +259,7 @@ def _line(point: Mapping[str, Any]) -> str:
     kind = "rate" if point["cost"] is None else "cost"
     errors = ", ".join(f"{100 * error:.1f}" for error in point["group_errors"][:8])
     return (
-        f"{kind} {point[kind]:g}: rejects {100 * point['rejection']:.1f} %, balanced error"
+        f"{kind} {point[kind]:g}: rejects {100 * point['rejection']:z.1f} %, balanced error"
         f" {100 * point['balanced_error']:.1f} %, worst {100 * point['worst_group_error']:.1f} %"
         f" (groups {errors})"
     )

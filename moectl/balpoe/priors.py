@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moectl.engine.errors import UserError
-from moectl.engine.files import is_file, read_json
+from moectl.engine.files import is_file, read_json, read_text
 from moectl.engine.settings import nearest
 
 PSEUDO_ITEMS = 10.0
@@ -70,11 +70,7 @@ def _json_entries(path: Path) -> list[tuple[str, Any]]:
 
 
 def _lines(path: Path) -> list[tuple[str, Any]]:
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise UserError(f"{path}: cannot be read ({reason})") from None
+    lines = read_text(path).split("\n")
     return [
         (f"line {place}", line.strip()) for place, line in enumerate(lines, start=1) if line.strip()
     ]

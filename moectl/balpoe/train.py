@@ -1,5 +1,6 @@
 """Training of the experts, and what comes out of it."""
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from moectl.balpoe.settings import BalpoeSettings
 from moectl.common.arithmetic import traced_outputs
 from moectl.engine import artefact
 from moectl.engine.errors import UserError
-from moectl.engine.files import write_json
+from moectl.engine.files import sha256, write_json
 from moectl.engine.loop import Loop
 from moectl.engine.optim import build_optimizer, build_schedule
 from moectl.engine.run import Run
@@ -35,6 +36,7 @@ def train(settings: BalpoeSettings, run: Run[BalpoeSettings]) -> None:
     _warn(settings)
     with run.accelerator.main_process_first():  # one download for all
         data = load(settings.data, settings.train.seed)
+    run.keep_to(_facts(settings, data))
     model = build(settings, len(data.class_counts)).to(memory_format=torch.channels_last)
     optimizer = build_optimizer(settings.optim, model.parameters())
     schedule = build_schedule(settings.schedule, settings.optim.lr, settings.train.epochs)
@@ -155,10 +157,22 @@ def _finish(settings: BalpoeSettings, data: Data, loop: Loop) -> None:
 
 def _write_facts(settings: BalpoeSettings, data: Data, folder: Path) -> None:
     write_json(folder / "config.json", dump(settings))
-    write_json(
-        folder / "class_counts.json", dict(zip(data.class_names, data.class_counts, strict=True))
-    )
+    counts = dict(zip(data.class_names, data.class_counts, strict=True))
+    write_json(folder / "class_counts.json", counts)
     write_json(folder / "split.json", {"val": data.val_indices, "test": data.test_indices})
+
+
+def _facts(settings: BalpoeSettings, data: Data) -> dict[str, Any]:
+    """Return what a resumed run must find again: the classes, and which images serve for what.
+
+    Limit: images of other contents, as many in each class, are not noticed.
+    """
+    division = [data.class_names, data.class_counts, data.val_indices, data.test_indices]
+    return {
+        "dataset": settings.data.dataset,
+        "images": {name: len(getattr(data, name)) for name in ("train", "val", "test")},
+        "digest": sha256(json.dumps(division).encode())[:16],
+    }
 
 
 def _warn(settings: BalpoeSettings) -> None:

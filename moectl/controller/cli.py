@@ -9,6 +9,7 @@ from moectl.controller.settings import ControllerSettings
 from moectl.engine import console
 from moectl.engine.command import Request, command, open_run, show_run
 from moectl.engine.files import require_folder
+from moectl.engine.options import Json, Quiet
 
 
 def _size(settings: Any) -> dict[str, Any]:
@@ -84,7 +85,8 @@ def eval_(request: Request) -> None:
     """Measure a controller beside fixed plans, chance and the lookup table."""
     from moectl.controller.eval import run_eval
 
-    console.result(*run_eval(request))
+    document, text = run_eval(request)
+    console.result(document, console.Markdown(text))
 
 
 @command(
@@ -148,12 +150,8 @@ def infer(  # noqa: PLR0913 - the options of a command
 def convert(
     source: Annotated[Path, typer.Argument(help="Folder of the checkpoint, with safetensors.")],
     out: Annotated[Path, typer.Argument(help="Folder to write; new, or empty.")],
-    quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="Only warnings and errors on stderr.")
-    ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="The result as one JSON document on stdout.")
-    ] = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
 ) -> None:
     """Bring a checkpoint of MolmoE into a folder of safetensors."""
     require_folder(source)

@@ -78,6 +78,16 @@ def load_test(section: "DataSection", seed: int) -> list[Sample]:
     return _drawn(section, seed, "test")["test"]
 
 
+def images(section: "DataSection", seed: int) -> set[str]:
+    """Return the ids of all images that `load` and `load_test` ask about.
+
+    Raises:
+        UserError: as `load`.
+    """
+    drawn = _drawn(section, seed, "test")
+    return {sample.image_id for samples in drawn.values() for sample in samples}
+
+
 def _drawn(section: "DataSection", seed: int, last: Role) -> dict[Role, list[Sample]]:
     """Draw what each role gets, up to the last one that is asked for."""
     pools: dict[str, Pool] = {name: _pool(section, name, seed) for name in section.dataset}

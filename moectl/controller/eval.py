@@ -141,10 +141,16 @@ def open_trained(request: Request) -> Opened:
 
 def _unfinished(folder: Path, settings: Any, world: World, accelerator: Accelerator) -> Path:
     """Return the file of the answers so far; its name tells what they depend on."""
+    weights = sorted(Path(world.facts["model"]).glob("*.safetensors"))  # none of a hub's name
+    split = world.splits[SPLIT]
+    samples = getattr(split.inner, "samples", [])
     parts = [
+        # Drawn questions have the same ids whatever the seed; those of a file may be mended.
+        [settings.train.seed, split.ids, [[one.question, one.answers] for one in samples]],
         settings.backbone.model_dump(mode="json"),
         settings.latency.model_dump(mode="json"),
-        [world.facts["model"], device_name(accelerator.device), world.splits[SPLIT].ids],
+        [world.facts["model"], device_name(accelerator.device)],
+        [[one.name, one.stat().st_mtime_ns] for one in weights],
     ]
     digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
     return folder / f"evals/unfinished-{digest}.jsonl"
@@ -232,7 +238,7 @@ def evaluate(
         "tables": world.facts["tables"],
         "trained_for": list(world.budgets),
         "full_latency": full,
-        "choice_ms": decide_ms(opened, clock, budgets[0]),
+        "decide_ms": decide_ms(opened, clock, budgets[0]),
         "controller_ms": world.pricing.controller_ms,
         "policies": list(policies),
         "budgets": list(budgets),

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from moectl.controller.samples import CAPTION, Pool, Role, Sample, shuffled
 from moectl.engine.errors import UserError
+from moectl.engine.images import readable
 from moectl.engine.launch import offline
 
 if TYPE_CHECKING:
@@ -255,7 +256,8 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _open(table: Any, row: int, place: str) -> "Image":
-    try:
-        return table[row]["image"].convert("RGB")
-    except (AttributeError, OSError, SyntaxError, ValueError):
-        raise UserError(f"{place}: no readable image") from None
+    with readable(place):
+        image = table[row]["image"]
+        if image is None:
+            raise ValueError("there is none")
+        return image.convert("RGB")

@@ -106,7 +106,7 @@ class Answerer:
         self.limits: list[float] = world.get("budgets", []) if choice.by == "controller" else []
         self._looks = choice.by == "controller"
         self.choose = self._chooser(request, choice, world)
-        self.choice_ms = (self.tables.controller_ms or 0.0) if choice.by == "controller" else 0.0
+        self.controller_ms = (self.tables.controller_ms or 0.0) if self._looks else 0.0
         data: tuple[str, ...] = self.settings.data.dataset if request.folder else ()
         self.style = data[0] if len(data) == 1 else "vqa"
         self.most = self.settings.backbone.max_new_tokens or longest(self.style)
@@ -199,7 +199,7 @@ class Answerer:
         found: dict[str, Any] = {
             "image": str(question.image), "question": question.question,
             "budget": question.budget, "unit": self.unit,
-            **self._run(guarded, asked, most, taken, self.choice_ms),
+            **self._run(guarded, asked, most, taken, self.controller_ms),
         }  # fmt: skip
         found["within_budget"] = found["latency"] <= question.budget
         if self._kept is not None:
@@ -211,19 +211,19 @@ class Answerer:
         found["prepare_ms"] = asked.prepare_ms
         return found
 
-    def predict(self, plan: Plan, asked: _Asked, choice_ms: float) -> Timings | None:
+    def predict(self, plan: Plan, asked: _Asked, controller_ms: float) -> Timings | None:
         """Return the times that the tables let expect; None without any."""
         if self.tables.estimator is None:
             return None
         inputs = asked.inputs(plan.tier)
         times = self.tables.estimator.timings(plan, inputs.crops, inputs.tokens, self.typical)
-        return replace(times, controller=choice_ms)
+        return replace(times, controller=controller_ms)
 
     def _predicted(self, plan: Plan, asked: _Asked) -> float:
         """Return what is expected to be held against the budget."""
         if self._counts_work:
             return self.backbone.gflop(plan, asked.inputs(plan.tier), self.typical)
-        times = self.predict(plan, asked, self.choice_ms)
+        times = self.predict(plan, asked, self.controller_ms)
         assert times is not None, "checked with the margin"
         return times.latency(self.latency.objective)
 
@@ -236,7 +236,7 @@ class Answerer:
         )
 
     def _run(
-        self, plan: Plan, asked: _Asked, most: int, choice_ms: float, expected_ms: float
+        self, plan: Plan, asked: _Asked, most: int, controller_ms: float, expected_ms: float
     ) -> dict[str, Any]:
         inputs = asked.inputs(plan.tier)
         start = self.clock.now()
@@ -248,7 +248,7 @@ class Answerer:
             self.backbone, inputs, plan, max_new_tokens=most, clock=self.clock, vision=vision,
             vision_ms=vision_ms,
         )  # fmt: skip
-        times = replace(answer.timings, controller=choice_ms)
+        times = replace(answer.timings, controller=controller_ms)
         expected = self.predict(plan, asked, expected_ms)
         gflop = self.backbone.gflop(plan, inputs, len(answer.tokens))
         return {

@@ -9,6 +9,7 @@ from typing import Any, get_args
 from moectl.controller.samples import CAPTION, Pool, Sample, shuffled
 from moectl.controller.scores import Metric
 from moectl.engine.errors import UserError
+from moectl.engine.files import read_text
 from moectl.engine.images import read_image
 
 _METRICS = get_args(Metric)
@@ -79,12 +80,7 @@ def _samples(file: Path, root: Path, name: str) -> list[Sample]:
 
 def _lines(file: Path) -> Iterator[tuple[int, str]]:
     """Return the lines that are not blank, with their numbers from 1."""
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror})", _FORM) from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not UTF-8 at byte {error.start}") from None
+    text = read_text(file, _FORM)
     # Not `splitlines`: JSON allows other line separators within a text.
     return ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
 

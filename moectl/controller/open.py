@@ -123,7 +123,9 @@ def _native(source: str, name: str, device: torch.device, dtype: str, experts: s
     try:
         kind = library.AutoConfig.from_pretrained(source, **safe).model_type
     except Exception as error:  # the library raises what its parts do
-        raise UserError(f"{name}: no network of a known family ({_line(error)})", _HINT) from None
+        kept = not offline() or Path(source).exists()
+        why = _line(error) if kept else f"MOECTL_OFFLINE forbids to fetch it; {_line(error)}"
+        raise UserError(f"{name}: no network of a known family ({why})", _HINT) from None
     if kind not in FAMILIES:
         raise UserError(f"{name}: a network of the family {kind}", _HINT)
     try:

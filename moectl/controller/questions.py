@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from moectl.engine.errors import UserError
-from moectl.engine.files import is_file
+from moectl.engine.files import is_file, read_text
 
 
 @dataclass(frozen=True)
@@ -51,13 +51,7 @@ def read_questions(path: Path, budgets: Sequence[float]) -> Iterator[Question]:
     Raises:
         UserError: naming the line that is not as it should be.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 at byte {error.start}") from None
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         place = f"{path}, line {number}"

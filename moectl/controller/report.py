@@ -103,7 +103,7 @@ def _evaluation(document: Mapping[str, Any]) -> list[str]:
         f"`{weights['file']}`, epoch {weights['epoch']}; answers of {document['model']}. Latency:"
         f" {latency['objective']} in {unit}, {source}. The full plan takes"
         f" {document['full_latency']:.4g} {unit}. To choose a plan takes"
-        f" {document['choice_ms']:.3g} ms; {document['controller_ms']:.3g} ms are counted for it."
+        f" {document['decide_ms']:.3g} ms; {document['controller_ms']:.3g} ms are counted for it."
     ]
     for name, part in document["datasets"].items():
         parts.append(f"### {name}: {part['num_samples']} {document['split']} questions")

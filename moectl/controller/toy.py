@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from moectl import __version__
 from moectl.controller import tiny
-from moectl.controller.data import Data, load, load_test
+from moectl.controller.data import Data, images, load
 from moectl.controller.llava import LlavaNext
 from moectl.controller.open import FACTS, WEIGHTS
 from moectl.controller.plans import Plan, Space, Tier
@@ -92,6 +92,7 @@ def train_toy(settings: "ControllerSettings", run: "Run[ControllerSettings]") ->
         raise UserError("toy teaches in one process", "start it without accelerate launch")
     toy = settings.toy
     data = load_apart(settings)
+    run.keep_to({**data.facts, "images": data.facts["samples"]})
     backbone = build(settings, run.device)
     pictures = by_image(data.train)
     first = [samples for samples in pictures if "small" not in map(kind_of, samples)] or pictures
@@ -133,15 +134,13 @@ def load_apart(settings: "ControllerSettings") -> Data:
         UserError: if no other image is left, or as `load`.
     """
     section, toy, seed = settings.data, settings.toy, settings.train.seed
-    policy = load(section, seed)
-    asked = (*policy.train, *policy.val, *load_test(section, seed))
-    images = {sample.image_id for sample in asked}
+    taken = images(section, seed)
     counts = {
         "train_samples": section.train_samples + toy.train_samples,
         "val_samples": max(section.val_samples, toy.val_samples),
     }
     found = load(section.model_copy(update=counts), seed)
-    train = [sample for sample in found.train if sample.image_id not in images]
+    train = [sample for sample in found.train if sample.image_id not in taken]
     train, val = train[: toy.train_samples], found.val[: toy.val_samples]
     if not train:
         raise UserError(

@@ -253,7 +253,7 @@ def open_world(
     model = str(facts["model"])
     scores, order = importance_of(settings, space, tables, model)
     check_tables(tables, space, order)
-    controller_ms = _choice_ms(settings, tables, inner[splits[0]], known)
+    controller_ms = _counted_ms(settings, tables, inner[splits[0]], known)
     pricing = Pricing(settings, space, tables.estimator, controller_ms)
     budgets = known.get("budgets") or budget_range(
         settings.budget, pricing, environments[splits[-1]], tables.lut
@@ -273,7 +273,7 @@ def open_world(
     return World(environments, pricing, (low, high), order, learned, tables, facts)
 
 
-def _choice_ms(
+def _counted_ms(
     settings: Any, tables: Tables, environment: Environment, known: Mapping[str, Any]
 ) -> float:
     """Return what choosing a plan takes: as known, from tables, or timed if answers are.

@@ -21,6 +21,7 @@ from moectl.csr.convert import (
 from moectl.csr.model import Backbone
 from moectl.engine import artefact
 from moectl.engine.errors import UserError
+from moectl.engine.files import read_bytes
 from moectl.engine.launch import offline
 
 log = logging.getLogger(__name__)
@@ -166,7 +167,7 @@ def build_backbone(
     *,
     pretrained: bool = False,
     image_size: int = 224,
-    trust_pickle: bool = False,
+    allow_pickle: bool = False,
 ) -> Backbone:
     """Make a backbone, with random weights unless others are asked for.
 
@@ -181,7 +182,7 @@ def build_backbone(
         pretrained: start from the usual public weights; they are downloaded if they are not there,
             unless MOECTL_OFFLINE forbids it.
         image_size: S. Transformers from a file keep the position embeddings that it has.
-        trust_pickle: read a weights file that holds more than tensors, and run its code.
+        allow_pickle: read a weights file that holds more than tensors, and run its code.
 
     Raises:
         UserError: if there is no such model or file, or a file lacks a single tensor of the
@@ -189,7 +190,7 @@ def build_backbone(
     """
     if kind not in get_args(Kind):
         raise UserError(f"backbone {kind!r}: expected one of {', '.join(get_args(Kind))}")
-    source, payload = _weights(kind, model_name, pretrained, trust_pickle)
+    source, payload = _weights(kind, model_name, pretrained, allow_pickle)
     try:
         backbone = _build(kind, source, payload, image_size)
     except ValueError as error:
@@ -279,10 +280,7 @@ def _weights(kind: Kind, model_name: str, pretrained: bool, trust: bool) -> tupl
 
 
 def _read(path: Path, trust: bool) -> Any:
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    data = read_bytes(path)
     if path.suffix == ".safetensors":
         from safetensors import SafetensorError
         from safetensors.torch import load

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from moectl.csr.boxes import BoxCounts, read_boxes, read_resize_table
-from moectl.csr.data import columns
+from moectl.csr.data import columns, refuse_leak
 from moectl.csr.images import decode, find_image
 from moectl.csr.losses import pos_weights
 from moectl.csr.synthetic import glyphs
@@ -83,6 +83,10 @@ def check(settings: "CsrSettings", images: bool = False) -> "tuple[dict[str, Any
         _read(found, section)
         for name in ("train", "test"):
             _look_at_images(found, section, name, images)
+        train, test = found.train, found.test
+        if train.labels and test.labels and not (train.missing or test.missing):
+            ids = train.labels.image_ids, test.labels.image_ids
+            found.attempt(lambda: refuse_leak(section, *ids))
     document: dict[str, Any] = {"dataset": section.dataset, "images": {}, "columns": []}
     if found.train.labels:
         document.update(_described(found, settings, found.train.labels))

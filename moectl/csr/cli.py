@@ -10,6 +10,7 @@ from moectl.csr.settings import CsrSettings
 from moectl.engine import console
 from moectl.engine.command import Request, command, open_run, show_run
 from moectl.engine.errors import RunFailed, UserError
+from moectl.engine.options import Json, Quiet
 
 
 def _size(settings: Any) -> dict[str, Any]:
@@ -216,12 +217,8 @@ def preprocess(  # noqa: PLR0913 - the options of a command
         Literal["8", "16"], typer.Option("--bits", help="Bits per pixel of grey images.")
     ] = "8",
     workers: Annotated[int, typer.Option("--workers", min=1, help="Processes that read.")] = 4,
-    quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="Only warnings and errors on stderr.")
-    ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="The result as one JSON document on stdout.")
-    ] = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
 ) -> None:
     """Turn a folder of images into small PNG files."""
     from moectl.csr.images import preprocess as run_preprocess

@@ -35,6 +35,7 @@ NO_FINDING = "nofinding"
 """The normalised name of the target that says that there is nothing."""
 _DIAGNOSES = ("copd", "lungtumor", "pneumonia", "tuberculosis", NO_FINDING)
 _NEITHER = {"", "imageid", "radid", "patientid", "split"}
+_NAMED = {";": "semicolons", "\t": "tabs"}
 _MISSING = {"", "nan", "na", "n/a", "none", "null"}
 
 
@@ -119,6 +120,10 @@ def read_table(path: Path) -> Table:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file)
             header = [name.strip() for name in next(reader, [])]
+            if len(header) == 1 and (other := re.search("[;\t]", header[0])):
+                raise UserError(
+                    f"{path}: its columns are separated by {_NAMED[other[0]]}, expected commas"
+                )
             for row in reader:
                 if row and len(row) != len(header):
                     raise UserError(
@@ -136,7 +141,10 @@ def read_table(path: Path) -> Table:
     counts = Counter(normalised(name) for name in header if name)
     twice = [name for name in header if counts[normalised(name)] > 1]
     if twice:
-        raise UserError(f"{path}: two columns have the same name: {' and '.join(twice)}")
+        raise UserError(
+            f"{path}: two columns have the same name: {' and '.join(twice)}",
+            "its first line must name the columns",
+        )
     return Table(path, header, rows, lines)
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from moectl.csr.columns import normalised
 from moectl.csr.model import CSRNet
 from moectl.engine.errors import UserError
-from moectl.engine.files import write_text
+from moectl.engine.files import read_text, write_text
 from moectl.engine.toml import parse_toml
 
 _READ = ("concept", "index", "keep")
@@ -109,13 +109,7 @@ def read(path: Path, concepts: Sequence[str], prototypes: int, network: str = ""
 
 
 def _document(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
-    document = parse_toml(text, str(path))
+    document = parse_toml(read_text(path), str(path))
     if unknown := sorted(set(document) - {"network", "prototypes"}):
         raise UserError(f"{path}: {unknown[0]}: no such field; there are network, prototypes")
     if not isinstance(document.get("network", ""), str):

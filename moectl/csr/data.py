@@ -4,7 +4,7 @@ Letters: N images, K concepts, C targets, H W feature grid, S side that the netw
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -245,6 +245,7 @@ def _tables(section: "DataSection") -> tuple[_Images, _Images]:
     wanted = columns(section)
     train = read_labels(section.train_csv, wanted, section.aggregate)
     test = read_labels(section.test_csv, wanted, section.aggregate, like=train)
+    refuse_leak(section, train.image_ids, test.image_ids)
     return (
         _files(
             section,
@@ -257,6 +258,28 @@ def _tables(section: "DataSection") -> tuple[_Images, _Images]:
             section, test, section.test_dir, section.test_bbox_csv, section.test_resize_factor_csv
         ),
     )
+
+
+def refuse_leak(section: "DataSection", train: Sequence[str], test: Sequence[str]) -> None:
+    """Make sure that no file is both a training and a test image; ids alone may be the same.
+
+    Raises:
+        UserError: naming the images that are, or one that is missing.
+    """
+    folders = section.train_dir, section.test_dir
+
+    def is_one(name: str) -> bool:
+        first, second = (find_image(folder, name).resolve() for folder in folders)
+        return first == second
+
+    known = set(train)
+    if both := [name for name in test if name in known and is_one(name)]:
+        shown = ", ".join(both[:5]) + (" …" if len(both) > 5 else "")
+        raise UserError(
+            f"{section.test_csv}: {len(both)} of {len(test)} images are training images, too:"
+            f" {shown}",
+            f"take them out of it, or out of {section.train_csv}",
+        )
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -6,13 +6,9 @@ Legend: H W pixels.
 import io
 import multiprocessing
 import os
-import struct
 import threading
-import warnings
-import zlib
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -30,6 +26,7 @@ from moectl.engine.files import (
     write_json,
     write_text,
 )
+from moectl.engine.images import opened
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -89,7 +86,7 @@ def image_size(path: Path) -> tuple[int, int]:
     """
     if is_dicom(path):
         return dicom_size(path)
-    with _opened(path) as image:
+    with opened(path) as image:
         return image.height, image.width
 
 
@@ -101,26 +98,9 @@ def decode(path: Path) -> Floats:
     """
     if is_dicom(path):
         return read_dicom(path)
-    with _opened(path) as image:
+    with opened(path) as image:
         image.load()
         return _values(image)
-
-
-@contextmanager
-def _opened(path: Path) -> "Iterator[Image]":
-    """Open a file with Pillow and say in one line what is wrong with it."""
-    from PIL import Image
-
-    damage = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about odd but harmless metadata
-            with Image.open(path) as image:
-                yield image
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such image") from None
-    except (*damage, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: not a readable image ({error})") from None
 
 
 def _values(image: "Image") -> Floats:
@@ -306,7 +286,7 @@ def _is_whole(job: _Job) -> bool:
         return False
     grey = "I;16" if job.bits == 16 else "L"
     try:
-        with _opened(job.target) as image:
+        with opened(job.target) as image:
             image.verify()
             return image.size == (job.size, job.size) and image.mode in {grey, "RGB"}
     except UserError:

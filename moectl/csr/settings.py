@@ -98,7 +98,7 @@ class ModelSection(Section):
     """Hub model or weights file of the backbone; empty takes the usual one of its type."""
     pretrained: Annotated[bool, Flag("--pretrained")] = True
     """Start the backbone from public weights."""
-    trust_pickle: Annotated[bool, Flag("--allow-pickle", "--trust-pickle")] = False
+    allow_pickle: Annotated[bool, Flag("--allow-pickle", "--trust-pickle")] = False
     """Read a weights file that holds more than tensors; it may run code."""
     num_prototypes: Annotated[int, Flag("--num-prototypes"), Field(ge=1)] = 5
     """Prototypes of each concept."""

@@ -23,7 +23,7 @@ from moectl.csr.model import CSRNet, Given, Need, Output, Stage
 from moectl.csr.settings import CsrSettings
 from moectl.engine import artefact
 from moectl.engine.errors import UserError
-from moectl.engine.files import is_file, read_json, write_json, write_text
+from moectl.engine.files import is_file, read_json, read_text, write_json, write_text
 from moectl.engine.launch import agree
 from moectl.engine.loop import Loop, Step
 from moectl.engine.optim import build_optimizer, build_schedule
@@ -64,7 +64,7 @@ class Training:
             section.model_name,
             pretrained=section.pretrained,
             image_size=settings.data.image_size,
-            trust_pickle=section.trust_pickle,
+            allow_pickle=section.allow_pickle,
         )
         grid = backbone.grid(settings.data.image_size)
         self.data = load(settings.data, settings.train.seed, grid)
@@ -221,10 +221,15 @@ class Training:
         """Write weights under the name that the original gives them."""
         facts = {**facts_of(self.settings, self.data, self.model, stage), "scores": dict(scores)}
         facts |= more
+        ordered = sorted(scores, key=lambda name: name == "val/loss")  # the loss comes last
+        found = {name.removeprefix("val/"): scores[name] for name in ordered}
         if best and scores:
-            found = {key.removeprefix("val/"): value for key, value in scores.items()}
             known = [f"{key} {value:.4f}" for key, value in found.items() if value is not None]
             log.info("best so far: %s", ", ".join(known))
+        if scores:  # the newest stage first: its score is that of the run
+            before = self.run.record.get("scores", {})
+            others = {key: value for key, value in before.items() if key != stage}
+            self.run.note(scores={stage: {"epoch": epoch, **found}, **others})
         self.run.save_weights(name, self.model.state_dict(), facts, epoch=epoch, best=best)
 
     def hand_over(self, stage: Stage, start: str = "") -> None:
@@ -322,10 +327,7 @@ class Training:
         if path is None:
             return
         if self.run.is_main and not is_file(own):
-            try:
-                write_text(own, path.read_text(encoding="utf-8"))
-            except (OSError, UnicodeDecodeError) as error:
-                raise UserError(f"{path}: cannot be read ({error})") from None
+            write_text(own, read_text(path))
         self.run.accelerator.wait_for_everyone()
         sizes = (self.data.concepts, self.model.num_prototypes)
         kept = read_curation(own, *sizes, fingerprint(self.model))

@@ -135,6 +135,8 @@ def _row(
         _train(run, name, folder, settings)
         found = {"name": name, "changes": own, **_measured(run, folder, settings, reference())}
     except (RunFailed, torch.OutOfMemoryError) as error:
+        if run.accelerator.num_processes > 1 and not isinstance(error, RunFailed):
+            raise  # the others know nothing of it and wait
         log.warning("%s failed: %s", name, error)
         return {"name": name, "changes": own, "failed": str(error)}
     except Interrupted as error:

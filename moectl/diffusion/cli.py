@@ -97,7 +97,7 @@ def ablate(  # noqa: PLR0913 - the options of a command
 
     with open_run(request) as run:
         document = run_ablation(run, wanted)
-    console.result(document, ablation_text(document))
+    console.result(document, console.Markdown(ablation_text(document)))
     if failed := [row["name"] for row in document["variants"] if "failed" in row]:
         raise RunFailed(f"{', '.join(failed)}: failed, see the table")
 
@@ -134,4 +134,5 @@ def eval_(request: Request) -> None:
     """Measure samples, loss and the use of the experts."""
     from moectl.diffusion.eval import run_eval
 
-    console.result(*run_eval(request))
+    document, text = run_eval(request)
+    console.result(document, console.Markdown(text))

@@ -20,7 +20,7 @@ from torch import Tensor
 from moectl.common.images import Plain, Standard
 from moectl.engine.cifar import read_cifar
 from moectl.engine.errors import UserError
-from moectl.engine.images import read_image
+from moectl.engine.images import read_image, readable
 from moectl.engine.launch import offline
 from moectl.engine.sources import FolderSource, Source, TensorSource
 
@@ -291,10 +291,11 @@ def _hub(section: "DataSection") -> Data:
 
     def open_image(place: str) -> Any:
         part, _, row = place.partition(":")
-        try:
-            return sets[part][int(row)][column].convert("RGB")
-        except (AttributeError, OSError, SyntaxError, ValueError):
-            raise UserError(f"data.name = {name}: {place} is no readable image") from None
+        with readable(f"data.name = {name}: {place}"):
+            image = sets[part][int(row)][column]
+            if image is None:
+                raise ValueError("there is none")
+            return image.convert("RGB")
 
     names = train_set.features[label].names if label else ["image"]
     marks = [part._fingerprint for part in (train_set, test_set) if part is not None]

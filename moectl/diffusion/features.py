@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from moectl.common.images import Plain, Standard
 from moectl.engine import artefact
 from moectl.engine.errors import RunFailed, UserError
-from moectl.engine.files import is_file, sha256
+from moectl.engine.files import is_file, read_bytes, sha256
 from moectl.engine.inference import predict
 from moectl.engine.launch import agree, offline
 from moectl.engine.seeding import key
@@ -296,10 +296,7 @@ def _hub_file() -> Path:
 
 def _tensors(path: Path) -> dict[str, Tensor]:
     """Read a state dict without running code from it."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    data = read_bytes(path)
     state = artefact.safe_load(data, str(path))
     if not isinstance(state, Mapping):
         raise UserError(f"{path}: holds a {type(state).__name__}, expected a dictionary of weights")

@@ -158,7 +158,7 @@ def loss_by_step(path: Path, curves: Mapping[str, Sequence[float | None]], steps
     plot.lines(
         path,
         {name: (middles, list(values)) for name, values in curves.items()},
-        title="Mean squared error of the noise, held-out images",
+        title="Loss on held-out images",
         x_label="step of the process",
         y_label="loss",
         scale="log",

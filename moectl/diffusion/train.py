@@ -18,7 +18,6 @@ from moectl.diffusion.report import report
 from moectl.diffusion.settings import DiffusionSettings
 from moectl.diffusion.usage import Usage
 from moectl.diffusion.variants import arguments_of
-from moectl.engine.errors import UserError
 from moectl.engine.loop import Loop, Step
 from moectl.engine.optim import build_optimizer, build_schedule
 from moectl.engine.run import Run
@@ -40,7 +39,7 @@ def train(settings: DiffusionSettings, run: Run[DiffusionSettings]) -> None:
         run: the run.
     """
     data = load(settings.data)
-    _hold_to(run, data)
+    run.keep_to(data.facts)
     arguments = arguments_of(settings, len(data.class_names))
     seed_all(settings.train.seed, "init")
     model = build(arguments)
@@ -80,26 +79,11 @@ def train(settings: DiffusionSettings, run: Run[DiffusionSettings]) -> None:
             _say(loop, step)
         if step.ends_epoch:
             if logits:
-                _report_load(step, usage, model)
+                _report_load(loop, step, usage, model)
             step.score(_measure(loop, averaged, diffusion, data))
             _keep(loop, averaged, diffusion, data, arguments, step.epoch + 1)
 
     _finish(loop)
-
-
-def _hold_to(run: Run[Any], data: Data) -> None:
-    """Note the images of a run; a resumed one must have the same.
-
-    Raises:
-        UserError: if they are others.
-    """
-    known = run.record.get("data")
-    if known and known["digest"] != data.facts["digest"]:
-        raise UserError(
-            f"{run.folder}: began with other images of {known['dataset']} ({known['images']} then,"
-            f" {data.facts['images']} now, or other contents)"
-        )
-    run.note(data=data.facts)
 
 
 def _process(settings: DiffusionSettings) -> dict[str, Any]:
@@ -192,11 +176,19 @@ def _say(loop: Loop, step: Step) -> None:
     )  # fmt: skip
 
 
-def _report_load(step: Step, usage: Usage, model: UNet) -> None:
-    found = usage.summary(model.blocks)
+def _report_load(loop: Loop, step: Step, usage: Usage, model: UNet) -> None:
+    found, epoch, epochs = usage.summary(model.blocks), step.epoch + 1, loop.settings.epochs
     step.log(**found)
+    most = model.num_experts / model.k_active
+    asked = epochs >= 10 and epoch in (epochs // 10, epochs)
     if found["load/dead"]:
-        log.warning("experts without an image in epoch %d: %d", step.epoch + 1, found["load/dead"])
+        log.warning("experts without an image in epoch %d: %d", epoch, found["load/dead"])
+    elif asked and 0.99 * most < found["load/largest"] > 1:
+        log.warning(
+            "one expert of a block gets every image in epoch %d (load/largest of metrics.csv);"
+            " a larger --lambda-load balances them",
+            epoch,
+        )
 
 
 def _measure(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from moectl.engine.errors import UserError
-from moectl.engine.files import read_json, sha256, write_bytes, write_json
+from moectl.engine.files import read_bytes, read_json, sha256, write_bytes, write_json
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,7 @@ def load(path: Path) -> Artefact:
     Raises:
         UserError: if it is missing, damaged, or holds more than tensors and plain types.
     """
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    data = read_bytes(path)
     facts = _sidecar(path)
     digest = sha256(data)
     if facts and facts.get("sha256") != digest:

@@ -4,14 +4,16 @@ Written under a temporary name, every file synced, a manifest with sizes and che
 renamed. What the manifest does not vouch for is never read.
 """
 
+import hashlib
 import json
 import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 from moectl.engine.errors import UserError
 from moectl.engine.files import sha256, sync_folder
@@ -27,30 +29,42 @@ class Corrupt(Exception):  # noqa: N818 - a finding about a folder
     """A checkpoint that cannot be trusted: the message names the file and why."""
 
 
-def save(root: Path, update: int, files: Mapping[str, bytes], facts: Mapping[str, Any]) -> Path:
+class Streamed(NamedTuple):
+    """A file too large to be held in memory once more before it is written."""
+
+    size: int
+    """Bytes, about."""
+    write: Callable[[BinaryIO], object]
+
+
+Content = bytes | Streamed
+
+
+def save(root: Path, update: int, files: Mapping[str, Content], facts: Mapping[str, Any]) -> Path:
     """Write a checkpoint and return its folder; rewriting the same update replaces it.
 
     Raises:
         OSError: if the disk is full or not writable; nothing is left behind then.
     """
     root.mkdir(parents=True, exist_ok=True)
-    need = sum(map(len, files.values()))
+    need = sum(one.size if isinstance(one, Streamed) else len(one) for one in files.values())
     if shutil.disk_usage(root).free < need * 1.2 + 2**20:
         raise OSError(f"disk full: {root} has no room for a checkpoint of {need / 2**20:.0f} MiB")
     final, staging = root / f"update-{update:08d}", root / f".part-{update:08d}-{os.getpid()}"
     try:
         staging.mkdir()
-        manifest = {
-            "format": FORMAT,
-            "update": update,
-            **facts,
-            "files": {
-                name: {"bytes": len(data), "sha256": sha256(data)} for name, data in files.items()
-            },
+        with ThreadPoolExecutor(1) as beside:  # a checksum takes about as long as the writing
+            sums = {}
+            for name, content in files.items():
+                _write_synced(staging / name, content)
+                sums[name] = beside.submit(_checksum, staging / name)
+        entries = {
+            name: {"bytes": (staging / name).stat().st_size, "sha256": found.result()}
+            for name, found in sums.items()
         }
+        manifest = {"format": FORMAT, "update": update, **facts, "files": entries}
         signed = json.dumps({**manifest, "sha256": _signature(manifest)}, indent=2).encode()
-        for name, data in {**files, MANIFEST: signed}.items():
-            _write_synced(staging / name, data)
+        _write_synced(staging / MANIFEST, signed)
         sync_folder(staging)
         if final.exists():
             _remove(final)
@@ -67,11 +81,22 @@ def _signature(manifest: Mapping[str, Any]) -> str:
     return sha256(json.dumps({**manifest, "sha256": ""}).encode())
 
 
-def _write_synced(path: Path, data: bytes) -> None:
+def _write_synced(path: Path, content: Content) -> None:
     with path.open("wb") as file:
-        file.write(data)
+        if isinstance(content, Streamed):
+            try:
+                content.write(file)
+            except RuntimeError as error:  # so torch says that the file took no more
+                raise OSError(f"{path.name} could not be written ({error})") from None
+        else:
+            file.write(content)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read(folder: Path) -> tuple[dict[str, bytes], dict[str, Any]]:

@@ -19,6 +19,12 @@ from moectl.engine.errors import RunFailed
 log = logging.getLogger("moectl")
 
 
+class Markdown(str):
+    """A text that a terminal shows drawn, and a pipe gets as it is."""
+
+    __slots__ = ()
+
+
 class _Talk(Console):
     """A console that falls silent when its reader goes away: a run must outlive its terminal."""
 
@@ -56,7 +62,8 @@ def setup(*, quiet: bool = False, as_json: bool = False) -> None:
 
 def log_to(path: Path) -> logging.Handler:
     """Append the log to a file as well: everything of rank 0, warnings of the others."""
-    handler = logging.FileHandler(path, encoding="utf-8")
+    # Names of files come as they are on the disk, also where the locale cannot read them.
+    handler = logging.FileHandler(path, encoding="utf-8", errors="surrogateescape")
     handler.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(handler)
@@ -94,6 +101,10 @@ def result(document: Any, shown: "Table | str | Sequence[Table]") -> None:
 def _write(document: Any, shown: "Table | str | Sequence[Table]") -> None:
     if _state["json"]:
         sys.stdout.write(json.dumps(document, indent=2, allow_nan=False) + "\n")
+    elif isinstance(shown, Markdown) and sys.stdout.isatty():
+        from rich.markdown import Markdown as Drawn
+
+        Console(file=sys.stdout, highlight=False).print(Drawn(shown))
     elif isinstance(shown, str):
         sys.stdout.write(shown if shown.endswith("\n") else shown + "\n")
     else:

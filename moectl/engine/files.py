@@ -47,18 +47,39 @@ def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
     return text.getvalue()
 
 
+def read_bytes(path: Path, hint: str = "") -> bytes:
+    """Read a file that somebody else wrote.
+
+    Raises:
+        UserError: with the hint, if it cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})", hint) from None
+
+
+def read_text(path: Path, hint: str = "") -> str:
+    """Read a text file that somebody else wrote, with or without a byte order mark.
+
+    Raises:
+        UserError: if it cannot be read, with the hint, or is not UTF-8.
+    """
+    try:
+        return read_bytes(path, hint).decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
+
+
 def read_json(path: Path) -> Any:
     """Read a JSON file that somebody else wrote.
 
     Raises:
         UserError: if it is missing, not UTF-8 or not JSON.
     """
+    text = read_text(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error})") from None
 

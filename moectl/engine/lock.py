@@ -12,6 +12,10 @@ from moectl.engine.errors import UserError
 log = logging.getLogger(__name__)
 
 
+class Held(UserError):  # noqa: N818 - a finding about a folder
+    """Another process has the lock."""
+
+
 class Lock:
     """One writer per run folder; the kernel lets go when the process dies, however it dies.
 
@@ -20,18 +24,22 @@ class Lock:
         name: of the file that is locked in it.
 
     Raises:
-        UserError: if another process holds it.
+        Held: if another process does.
+        UserError: if its file cannot be written, as in a folder of others.
     """
 
     def __init__(self, folder: Path, name: str = "run.lock") -> None:
-        self._file = (folder / name).open("a+", encoding="utf-8")
+        try:
+            self._file = (folder / name).open("a+", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"{folder / name}: cannot be written ({error.strerror})") from None
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self._file.seek(0)
             holder = self._file.read().strip()
             self._file.close()
-            raise UserError(f"{folder}: another process is writing here ({holder})") from None
+            raise Held(f"{folder}: another process is writing here ({holder})") from None
         except OSError as error:  # some network file systems know no locks
             log.warning("%s: cannot be locked against a second writer: %s", folder, error)
         self._file.truncate(0)

@@ -353,7 +353,7 @@ class Loop:
         checkpoint.prune(self.root, self.settings.keep, best)
         return True
 
-    def _pack(self, means: list[Any]) -> dict[str, bytes]:
+    def _pack(self, means: list[Any]) -> dict[str, checkpoint.Content]:
         position = {
             "update": self.update,
             "epoch": self.epoch,

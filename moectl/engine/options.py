@@ -11,6 +11,11 @@ from pydantic.fields import FieldInfo
 from moectl.engine import presets
 from moectl.engine.settings import option_names
 
+_AS_JSON = "The result as one JSON document on stdout."
+_QUIET = "Only warnings and errors on stderr."
+Json = Annotated[bool, typer.Option("--json", help=_AS_JSON)]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help=_QUIET)]
+
 
 def python_name(key: str) -> str:
     """Return the parameter name of a dotted key."""
@@ -108,8 +113,8 @@ def common_options(
         *kind,
         _option(bool, False, "--dry-run", "-n", every),
         _option(bool, False, "--cpu", help="Stay on the CPU."),
-        _option(bool, False, "--quiet", "-q", "Only warnings and errors on stderr."),
-        _option(bool, False, "--json", help="The result as one JSON document on stdout."),
+        _option(bool, False, "--quiet", "-q", _QUIET),
+        _option(bool, False, "--json", help=_AS_JSON),
         _option(bool, False, "--debug", help="Full traceback on errors."),
     ]
 

@@ -91,18 +91,20 @@ class Run(Generic[S]):
         folder: the run folder, existing on rank 0 and decided by it.
         settings: the resolved settings.
         accelerator: devices and processes.
-        record: what run.json holds so far.
+        record: what run.json holds so far, read under the lock.
+        lock: of the folder, on rank 0.
         resuming: "" for a new run; "auto" or "named" if the training of this folder goes on.
         keep_folder: whether the folder was named by the user, and stays if the run comes to
             nothing.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what a run is
         self,
         folder: Path,
         settings: S,
         accelerator: "Accelerator",
         record: dict[str, Any],
+        lock: Lock | None,
         resuming: str = "",
         *,
         keep_folder: bool = False,
@@ -111,7 +113,7 @@ class Run(Generic[S]):
         self.record, self.resuming, self._keep_folder = record, resuming, keep_folder
         self._was_finished = record.get("status") == "finished"
         self.stop = StopRequest(_train(settings).max_seconds)
-        self._lock = Lock(folder) if accelerator.is_main_process else None
+        self._lock = lock
         self._log = console.log_to(folder / "log.txt")
         self._started = time.monotonic() - float(record.get("wall_seconds", 0.0))
 
@@ -137,6 +139,24 @@ class Run(Generic[S]):
         self.record["updated"] = _now()
         if self.is_main:
             write_json(self.folder / "run.json", self.record)
+
+    def keep_to(self, data: Mapping[str, Any]) -> None:
+        """Note what is trained on; a resumed run must find the same.
+
+        Args:
+            data: plain values: `dataset`, `images` of each part, and a `digest` of the contents.
+
+        Raises:
+            UserError: if the digest is not the one that the run began with.
+        """
+        known = self.record.get("data") or data
+        if known["digest"] != data["digest"]:
+            raise UserError(
+                f"{self.folder}: began with other images of {known['dataset']}: {known['images']}"
+                f" then, {data['images']} now, or other contents",
+                "start a new run for these",
+            )
+        self.note(data=dict(data))
 
     def write_settings(self) -> None:
         """Write settings.toml, once it is sure that they are the run's."""
@@ -290,7 +310,8 @@ def create(  # noqa: PLR0913 - what a run is
         "parents": [],
         "weights": [],
     }
-    run = Run(folder, settings, accelerator, record, keep_folder=out is not None)
+    lock = _lock(folder, accelerator)
+    run = Run(folder, settings, accelerator, record, lock, keep_folder=out is not None)
     run.write_settings()
     run.note()
     accelerator.wait_for_everyone()
@@ -306,8 +327,9 @@ def reopen(folder: Path, settings: S, accelerator: "Accelerator", *, auto: bool)
         accelerator: devices and processes.
         auto: skip a corrupt newest checkpoint instead of refusing.
     """
-    record = read_record(folder)
     here = environment(accelerator)
+    lock = _lock(folder, accelerator)  # before the last words of whoever worked here are read
+    record = read_record(folder)
     record["resumed"] = [*record.get("resumed", []), {"at": _now(), **here}]
     for name in ("device", "threads", "versions"):
         if here[name] != record.get(name):
@@ -317,7 +339,11 @@ def reopen(folder: Path, settings: S, accelerator: "Accelerator", *, auto: bool)
                 here[name],
                 record.get(name),
             )
-    return Run(folder, settings, accelerator, record, "auto" if auto else "named")
+    return Run(folder, settings, accelerator, record, lock, "auto" if auto else "named")
+
+
+def _lock(folder: Path, accelerator: "Accelerator") -> Lock | None:
+    return Lock(folder) if accelerator.is_main_process else None
 
 
 def _new_folder(room: str, name: str, out: Path | None) -> Path:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from moectl.engine.errors import UserError
+from moectl.engine.launch import cores
 from moectl.engine.seeding import key
 
 if TYPE_CHECKING:
@@ -245,7 +246,7 @@ class FolderSource:
         items: (path, label) pairs.
         augment: loads and randomly transforms the image at a path, in training.
         plain: loads and transforms it in evaluation.
-        workers: loader processes; 0 reads in the main process.
+        workers: loader processes, at most one per core; 0 reads in the main process.
         finish: the last transform, of a whole batch on the device, so that workers may send bytes.
     """
 
@@ -296,15 +297,16 @@ class FolderSource:
             except UserError as error:
                 return error  # raised in a worker, its message would drag a traceback along
 
+        workers = min(self.workers, cores())  # torch warns of more
         loader = torch.utils.data.DataLoader(
             Keyed(self.items, load, seed),
             batch_sampler=places,
-            num_workers=self.workers,
+            num_workers=workers,
             pin_memory=device.type == "cuda",
             collate_fn=_collate,
             worker_init_fn=_calm_worker,
             # Workers never touch a GPU, and what they read with need not be picklable.
-            multiprocessing_context="fork" if self.workers else None,
+            multiprocessing_context="fork" if workers else None,
             # Building the loader must not touch the global generator.
             generator=torch.Generator().manual_seed(0),
         )

@@ -1,6 +1,5 @@
-"""The training state as bytes: weights, optimiser, position. No pickle that could run code."""
+"""The training state as files: weights, optimiser, position. No pickle that could run code."""
 
-import io
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -10,12 +9,13 @@ import torch
 from torch import nn
 
 from moectl.engine.artefact import safe_load
+from moectl.engine.checkpoint import Content, Streamed
 
 
 def pack(
     module: nn.Module, optimizer: Any, scaler: Any, tracked: Mapping[str, Any], position: Any
-) -> dict[str, bytes]:
-    """Return the files of a checkpoint by name.
+) -> dict[str, Content]:
+    """Return the files of a checkpoint by name; write them before the state changes.
 
     Args:
         module: the network.
@@ -36,13 +36,20 @@ def pack(
         "scaler": scaler.state_dict() if scaler else {},
         "tracked": {name: item.state_dict() for name, item in tracked.items()},
     }
-    buffer = io.BytesIO()
-    torch.save(moving, buffer)
     return {
         "model.safetensors": safetensors.torch.save(weights),
-        "optimizer.pt": buffer.getvalue(),
+        "optimizer.pt": Streamed(_bytes(moving), lambda file: torch.save(moving, file)),
         "loop.json": json.dumps(position, indent=2).encode(),
     }
+
+
+def _bytes(value: Any) -> int:
+    """Return the size of all tensors in nested containers."""
+    if isinstance(value, torch.Tensor):
+        return value.nbytes
+    if isinstance(value, Mapping):
+        return sum(map(_bytes, value.values()))
+    return sum(map(_bytes, value)) if isinstance(value, list | tuple) else 0
 
 
 def unpack(

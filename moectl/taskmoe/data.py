@@ -3,6 +3,7 @@
 Legend: N images, H W pixels, C classes, E specialists.
 """
 
+import json
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from moectl.common.images import Plain, Standard
 from moectl.engine.errors import UserError
+from moectl.engine.files import sha256
 from moectl.engine.sources import Augment, TensorSource
 from moectl.taskmoe.files import read_data_file
 from moectl.taskmoe.manifest import (
@@ -56,7 +58,7 @@ class Data:
     """Label of each test image in its file."""
     test_counts: Tensor
     """(N,) int64, how often each test image occurs in the files."""
-    facts: dict[str, object]
+    facts: dict[str, Any]
     """Plain values for the records of a run."""
 
 
@@ -182,7 +184,8 @@ def _load(
         test_ids=test.rows.ids,
         test_counts=torch.tensor(test.counts, dtype=torch.int64),
         facts={
-            "task": manifest.task,
+            "dataset": f"task {manifest.task}",
+            "digest": sha256(json.dumps([train.keys, val.keys]).encode())[:16],
             "specialists": [one.name for one in manifest.specialists],
             "image_size": manifest.image_size,
             "mean": mean,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from moectl.engine.artefact import safe_load, trusting_load
 from moectl.engine.errors import UserError
-from moectl.engine.files import write_bytes
+from moectl.engine.files import read_bytes, write_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,13 +33,7 @@ def read_data_file(path: Path, allow_pickle: bool = False) -> tuple["Tensor", "T
     Raises:
         UserError: naming the file, if it is missing, damaged, unsafe or not understood.
     """
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be read ({error.strerror})",
-            "moectl taskmoe data build writes the files of tasks A and B",
-        ) from None
+    data = read_bytes(path, "moectl taskmoe data build writes the files of tasks A and B")
     content = trusting_load(data, str(path)) if allow_pickle else _safely(data, path)
     missing = [
         key for key in ("data", "labels") if not isinstance(content, dict) or key not in content

@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 def train_specialist(settings: TaskmoeSettings, run: Run[TaskmoeSettings]) -> None:
     """Train the specialist that the settings name; test its best epoch on its own classes."""
     data = load_classes(settings)
+    run.keep_to(data.facts)
     model = build(settings, data).to(memory_format=torch.channels_last)
     optimizer = build_optimizer(settings.optim, model.parameters())
     schedule = build_schedule(settings.schedule, settings.optim.lr, settings.train.epochs)

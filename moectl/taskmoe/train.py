@@ -61,6 +61,7 @@ def train(
     """
     _check(settings, run)
     data = load(settings.data)
+    run.keep_to(data.facts)
     model = build(settings, data).to(memory_format=torch.channels_last)
     if start is not None:
         load_state(model, start.payload["model_state_dict"], start.path)

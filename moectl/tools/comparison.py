@@ -79,7 +79,7 @@ def shared_scores(records: Sequence[Mapping[str, Any]]) -> dict[str, Column]:
     names = [
         name
         for name, found in values.items()
-        if not name.endswith(_COUNTS) and all(isinstance(one, int | float) for one in found)
+        if not name.endswith(_COUNTS) and all(type(one) in (int, float) for one in found)
     ]
     return {name: values[name] for name in names[:_SHOWN]}
 

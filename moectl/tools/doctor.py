@@ -10,14 +10,13 @@ import tempfile
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
-
-import typer
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from moectl import __version__
 from moectl.engine import console
 from moectl.engine.errors import RunFailed, UserError
 from moectl.engine.launch import choose_threads, cores, offline
+from moectl.engine.options import Json
 from moectl.engine.run import runs_root
 from moectl.engine.sections import OptimSection, ScheduleSection, TrainSection
 from moectl.engine.settings import ENVIRONMENT, Settings, resolve, unknown_variables
@@ -41,9 +40,7 @@ class Finding(NamedTuple):
 
 
 def doctor(
-    as_json: Annotated[
-        bool, typer.Option("--json", help="The result as one JSON document on stdout.")
-    ] = False,
+    as_json: Json = False,
 ) -> None:
     """Check this machine and this installation."""
     console.setup(quiet=True, as_json=as_json)

@@ -11,6 +11,7 @@ from moectl.engine import console
 from moectl.engine import presets as files
 from moectl.engine.errors import UserError
 from moectl.engine.files import write_text
+from moectl.engine.options import Json
 from moectl.engine.presets import HEADER, Preset
 from moectl.engine.settings import (
     Settings,
@@ -23,7 +24,6 @@ from moectl.engine.settings import (
 from moectl.engine.toml import read_toml
 from moectl.tools.rooms import check_room, rooms, settings_class
 
-Json = Annotated[bool, typer.Option("--json", help="The result as one JSON document on stdout.")]
 Name = Annotated[str, typer.Argument(help="Name, ROOM/NAME or path of a preset.")]
 
 

@@ -12,6 +12,7 @@ import typer
 from moectl.engine import console
 from moectl.engine.errors import UserError
 from moectl.engine.files import write_bytes
+from moectl.engine.options import Json
 from moectl.engine.references import all_runs, find_run, find_weights
 from moectl.engine.report import duration
 from moectl.engine.run import parents_of, read_record, status_of
@@ -22,7 +23,6 @@ from moectl.tools.rooms import check_room
 if TYPE_CHECKING:
     from torch import Tensor
 
-Json = Annotated[bool, typer.Option("--json", help="The result as one JSON document on stdout.")]
 Reference = Annotated[str, typer.Argument(metavar="REF", help="Path, name, ROOM/NAME, or latest.")]
 Status = Literal["running", "finished", "interrupted", "failed", "killed"]
 
@@ -44,7 +44,7 @@ def list_(
             entry["room"],
             entry["status"],
             entry["started"],
-            f"{entry['epoch'] or 0}/{entry['epochs'] or '?'}",
+            _progress(entry["epoch"], entry["epochs"]),
             entry["update"] or 0,
             " ".join(console.cell(part) for part in entry["score"].values()) or None,
             duration(entry["wall_seconds"]),
@@ -181,7 +181,9 @@ def export(
 
 
 def _entry(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
-    row = _last_row(folder / "metrics.csv")
+    staged = sorted(folder.glob("metrics_*.csv"))
+    rows = [_last_row(path) for path in staged or [folder / "metrics.csv"]]
+    row = max(rows, key=lambda row: float(row.get("elapsed_seconds") or 0))
     return {
         "name": folder.name,
         "folder": str(folder),
@@ -189,11 +191,16 @@ def _entry(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
         "status": status_of(record),
         "started": record.get("started"),
         "epoch": int(row["epoch"]) if row.get("epoch") else None,
-        "epochs": _epochs(folder),
+        "epochs": None if staged else _epochs(folder),
         "update": int(row["update"]) if row.get("update") else None,
         "score": _main_score(record.get("scores", {})),
         "wall_seconds": record.get("wall_seconds", 0.0),
     }
+
+
+def _progress(epoch: int | None, epochs: int | None) -> str:
+    """Write how far a run is; one of several stages has epochs of each."""
+    return f"{epoch or 0}/{epochs}" if epochs else str(epoch or 0)
 
 
 def _main_score(scores: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import os
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,16 +10,18 @@ import typer
 
 from moectl.engine import console
 from moectl.engine.errors import Interrupted, RunFailed, UserError
-from moectl.engine.files import is_folder
-from moectl.engine.settings import free
+from moectl.engine.files import is_file, is_folder
+from moectl.engine.options import Json, Quiet
+from moectl.engine.settings import Settings, dump, flatten, free, from_toml
 from moectl.engine.signals import StopRequest
 from moectl.engine.tracking import loads_or_none
 from moectl.tools.rooms import settings_class
-from moectl.tools.sweep_cells import Attendant, alone
+from moectl.tools.sweep_cells import Attendant, alone, is_trained
 from moectl.tools.sweep_plan import Plan, read_plan
 from moectl.tools.sweep_table import chosen, collect, report, tables, write
 
 _LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "ACCELERATE_MIXED_PRECISION")
+_ANEW = "another name, or --out DIR, makes a new sweep"
 
 
 def sweep(
@@ -34,12 +37,8 @@ def sweep(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", "-n", help="List the cells; nothing is done.")
     ] = False,
-    quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="Only warnings and errors on stderr.")
-    ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="The result as one JSON document on stdout.")
-    ] = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
 ) -> None:
     """Train every cell of a grid with every seed, and compare them.
 
@@ -84,7 +83,8 @@ def run_sweep(plan: Plan, *, quiet: bool) -> dict[str, Any]:
         with alone(plan.folder, stop) as lock:
             attendant = Attendant(plan, stop, lock, quiet=quiet)
             for number, cell in enumerate(plan.cells, 1):
-                write(plan, collect(plan, failures))
+                if not attendant.is_done(cell):  # a thousand of them would be written for long
+                    write(plan, collect(plan, failures))
                 console.log.info("[%d/%d] %s", number, len(plan.cells), cell.name)
                 try:
                     if stop:
@@ -111,24 +111,34 @@ def _check_kept(plan: Plan) -> None:
     kept = loads_or_none(plan.folder / "sweep.json")
     if not isinstance(kept, dict) or "settings" not in kept:
         raise UserError(f"{plan.folder}: not empty, and no sweep", "--out names another folder")
-    hint = "another name, or --out DIR, makes a new sweep"
     if kept["command"] != plan.command:
         message = f"{plan.folder}: begun with {kept['command']!r}, not {plan.command!r}"
-        raise UserError(message, hint)
-    room = plan.command.split()[0]
+        raise UserError(message, _ANEW)
+    cls = settings_class(plan.command.split()[0])
+    new = {key: value for key, value in plan.settings.items() if key in kept["settings"]}
+    if changed := _changed(cls, new, {key: kept["settings"][key] for key in new}):
+        raise UserError(f"{plan.folder}: begun with other settings: {changed}", _ANEW)
+    for cell in plan.cells:
+        # Folders are named after the last parts of keys, and may stem from an earlier grid.
+        folder = plan.folder / cell.name
+        if is_trained(folder) and is_file(folder / "settings.toml"):
+            old = flatten(dump(from_toml(cls, folder / "settings.toml")))
+            if changed := _changed(cls, cell.settings, old):
+                raise UserError(f"{folder}: trained with other settings: {changed}", _ANEW)
+
+
+def _changed(cls: type[Settings], new: Mapping[str, Any], old: Mapping[str, Any]) -> str:
+    """Write down what differs and may change a score; nothing if all is equal."""
     # Scores may depend on how they are measured, and on longer trainings.
     harmless = {
-        key
-        for key, mark in free(settings_class(room)).items()
-        if not mark.grows and not key.startswith("eval.")
+        key for key, mark in free(cls).items() if not mark.grows and not key.startswith("eval.")
     }
-    changed = [
-        f"{key} = {value!r} (the sweep has {kept['settings'][key]!r})"
-        for key, value in plan.settings.items()
-        if key not in harmless and key in kept["settings"] and kept["settings"][key] != value
-    ]
-    if changed:
-        raise UserError(f"{plan.folder}: begun with other settings: {', '.join(changed)}", hint)
+    keys = [key for key in dict.fromkeys((*new, *old)) if key not in harmless]
+    return ", ".join(
+        f"{key} = {new.get(key)!r} (the sweep has {old.get(key)!r})"
+        for key in keys
+        if new.get(key) != old.get(key)
+    )
 
 
 def _show(plan: Plan) -> None:

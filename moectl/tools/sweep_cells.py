@@ -14,9 +14,9 @@ from pathlib import Path
 from time import sleep
 from typing import IO, Any
 
-from moectl.engine.errors import Interrupted, RunFailed, UserError
+from moectl.engine.errors import Interrupted, RunFailed
 from moectl.engine.files import is_file, write_json
-from moectl.engine.lock import Lock
+from moectl.engine.lock import Held, Lock
 from moectl.engine.settings import flatten
 from moectl.engine.signals import StopRequest
 from moectl.engine.tracking import loads_or_none
@@ -41,6 +41,11 @@ class Attendant:
     def __init__(self, plan: Plan, stop: StopRequest, lock: Lock, *, quiet: bool) -> None:
         self.plan, self.stop, self.lock, self.quiet = plan, stop, lock, quiet
 
+    def is_done(self, cell: Cell) -> bool:
+        """Whether nothing is left to do for a cell."""
+        trained = is_trained(self.plan.folder / cell.name)
+        return trained and (not self.plan.eval or kept_scores(self.plan, cell) is not None)
+
     def attend(self, cell: Cell) -> None:
         """Train a cell, or go on with it, and measure it; nothing is done twice.
 
@@ -55,14 +60,14 @@ class Attendant:
 
     def _train(self, cell: Cell) -> None:
         folder = self.plan.folder / cell.name
-        before = _record(folder)
-        if before.get("status") == "finished":
+        if is_trained(folder):
             log.info("trained already")
             return
+        before = _record(folder)
         code = self._start([*cell.words, *_place(folder)], subprocess.DEVNULL)
-        after = _record(folder)
-        if after.get("status") == "finished":
+        if is_trained(folder):
             return
+        after = _record(folder)
         self._refuse_stopped(code, str(after.get("reason", "")))
         own = after != before and after.get("status") == "failed"
         raise RunFailed(str(after["reason"]) if own else _ending(code))
@@ -71,14 +76,18 @@ class Attendant:
         folder = self.plan.folder / cell.name
         weights = f"@{self.plan.weights}" if self.plan.weights else ""
         words = [*self.plan.eval, f"--run={folder}{weights}", "--json"]
+        measuring = " ".join(self.plan.eval[:2])
         with tempfile.TemporaryFile() as answer:
             code = self._start(words, answer)
             answer.seek(0)
             text = answer.read()
         if code:
             self._refuse_stopped(code, "")
-            raise RunFailed(f"{' '.join(self.plan.eval[:2])}: {_ending(code)}")
-        document = {"eval": _asked(self.plan), "scores": numbers(json.loads(text))}
+            raise RunFailed(f"{measuring}: {_ending(code)}")
+        found = json.loads(text)
+        if not isinstance(found, dict):
+            raise RunFailed(f"{measuring}: answers with a list, not with scores")
+        document = {"eval": _asked(self.plan), "scores": numbers(found)}
         write_json(folder / _SCORES, document)
 
     def _start(self, words: Sequence[str], stdout: int | IO[bytes]) -> int:
@@ -118,7 +127,7 @@ def alone(folder: Path, stop: StopRequest) -> Iterator[Lock]:
     """Keep other sweeps off a folder, and wait for a cell that a killed sweep has left behind.
 
     Raises:
-        UserError: if another sweep works here.
+        UserError: if another sweep works here, or nobody may.
         Interrupted: if asked to stop while waiting.
     """
     sweep = Lock(folder)
@@ -137,13 +146,18 @@ def _wait_for(folder: Path, stop: StopRequest) -> Lock:
     while True:
         try:
             return Lock(folder, "cell.lock")
-        except UserError:
+        except Held:
             if stop:
                 raise Interrupted(f"{stop.reason} while waiting for a cell") from None
             if not waiting:
                 log.warning("%s: a cell of an earlier sweep is still at work: waiting", folder)
             waiting = True
             sleep(0.2)
+
+
+def is_trained(folder: Path) -> bool:
+    """Whether the training of a cell has come to its end."""
+    return bool(_record(folder).get("status") == "finished")
 
 
 def scores_of(plan: Plan, cell: Cell) -> dict[str, float]:

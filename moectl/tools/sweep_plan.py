@@ -76,6 +76,8 @@ class Cell:
     seed: int
     words: list[str]
     """The command without `moectl` and without the folder."""
+    settings: dict[str, Any]
+    """Every dotted key to what it is trained with."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,7 @@ def read_plan(path: Path, out: Path | None = None) -> Plan:
             _check_keys(cls, keys, command.given)
     with _inside(f"{path}: grid"):
         _check_axes(axes, fixed, len(file.seeds))
-    cells, resolved = [], []
+    cells = []
     for *values, seed in product(*axes.values(), file.seeds):
         point = dict(zip(axes, values, strict=True))
         texts = {key: _text(value) for key, value in {**fixed, **point, SEED: seed}.items()}
@@ -141,10 +143,9 @@ def read_plan(path: Path, out: Path | None = None) -> Plan:
             settings, _ = resolve(cls, command.given, assignments, files)
         layers = [f"--preset={reference}" for reference in file.presets]
         words = [*command.words, *layers, *(f"--set={text}" for text in assignments)]
-        cells.append(Cell(_cell_name(point, seed), point, seed, words))
-        resolved.append(flatten(dump(settings)))
+        cells.append(Cell(_cell_name(point, seed), point, seed, words, flatten(dump(settings))))
     with _inside(f"{path}"):
-        _check_distinct(cells, resolved)
+        _check_distinct(cells)
     own = {*axes, SEED}
     return Plan(
         name=name,
@@ -156,7 +157,7 @@ def read_plan(path: Path, out: Path | None = None) -> Plan:
         metrics=list(file.metrics),
         axes=axes,
         seeds=file.seeds,
-        settings={key: value for key, value in resolved[0].items() if key not in own},
+        settings={key: value for key, value in cells[0].settings.items() if key not in own},
         cells=cells,
     )
 
@@ -281,10 +282,10 @@ def _check_axes(axes: Mapping[str, Any], fixed: Mapping[str, Any], seeds: int) -
         raise UserError(f"{count:,} cells, more than {MAX_CELLS:,}")
 
 
-def _check_distinct(cells: Sequence[Cell], resolved: Sequence[Mapping[str, Any]]) -> None:
+def _check_distinct(cells: Sequence[Cell]) -> None:
     seen: dict[str, str] = {}
-    for cell, settings in zip(cells, resolved, strict=True):
-        key = json.dumps(settings, sort_keys=True)
+    for cell in cells:
+        key = json.dumps(cell.settings, sort_keys=True)
         if key in seen:
             raise UserError(f"{seen[key]} and {cell.name}: the same training twice")
         seen[key] = cell.name

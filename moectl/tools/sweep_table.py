@@ -1,5 +1,6 @@
 """What came out of a sweep: a row for each cell, mean and deviation for each point of the grid."""
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
@@ -7,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from moectl.engine import console, plot
 from moectl.engine.errors import UserError
-from moectl.engine.files import csv_text, write_json, write_text
+from moectl.engine.files import csv_text, write_bytes, write_json, write_text
 from moectl.engine.report import image, paragraphs, run_lines
 from moectl.engine.report import table as markdown
 from moectl.engine.run import read_record, status_of
@@ -60,8 +61,9 @@ def write(plan: Plan, document: Mapping[str, Any]) -> None:
         }
         for one in document["cells"]
     ]
-    write_text(plan.folder / "sweep.csv", csv_text(rows))
+    # It says whose folder this is: a full disk must not leave the other alone in it.
     write_json(plan.folder / "sweep.json", document)
+    write_text(plan.folder / "sweep.csv", csv_text(rows))
 
 
 def chosen(document: Mapping[str, Any], wanted: Sequence[str], place: str) -> list[str]:
@@ -96,13 +98,14 @@ def report(plan: Plan, document: Mapping[str, Any], metrics: Sequence[str]) -> N
         picture.parent.mkdir(exist_ok=True)
         _draw(picture, document, drawn[:_PANELS])
     seconds = sum(one["seconds"] or 0 for one in document["cells"])
+    argv = ["moectl", "sweep", plan.file]
     failed = _failed(document)
     cells = [
         (f"[{one['cell']}]({one['cell']}/)", one["status"], one["seconds"])
         for one in document["cells"]
     ]
     parts = [
-        run_lines(plan.name, {"argv": f"moectl sweep {plan.file}", "wall_seconds": seconds}),
+        run_lines(plan.name, {"argv": shlex.join(argv), "wall_seconds": seconds}),
         f"Every cell: `moectl {plan.command}`"
         + (f", measured by `moectl {document['eval']}`." if plan.eval else "."),
         "## Scores\n\nMean ± standard deviation (n - 1) over n seeds.",
@@ -112,7 +115,8 @@ def report(plan: Plan, document: Mapping[str, Any], metrics: Sequence[str]) -> N
         "## Failed\n\n" + markdown(("cell", "reason"), failed) if failed else "",
         "## Cells\n\n" + markdown(("cell", "status", "seconds"), cells),
     ]
-    write_text(plan.folder / "report.md", paragraphs(parts))
+    # The name of a file may hold what is no UTF-8.
+    write_bytes(plan.folder / "report.md", paragraphs(parts).encode("utf-8", "replace"))
 
 
 def _cell(plan: Plan, number: int, failures: Mapping[str, str]) -> dict[str, Any]:

@@ -205,7 +205,7 @@ def test_empty_and_binary_lists_are_named(folder):
     with pytest.raises(UserError, match=r"empty\.txt: names no image"):
         load(section(folder, train_list=folder / "empty.txt"), 1)
     (folder / "binary.txt").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match=r"binary\.txt: cannot be read \(not UTF-8 text\)"):
+    with pytest.raises(UserError, match=r"binary\.txt: not UTF-8 text \(byte 0\)"):
         load(section(folder, train_list=folder / "binary.txt"), 1)
 
 
@@ -235,7 +235,7 @@ def test_an_image_that_is_cut_off_is_named_when_it_is_read(folder):
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(UserError) as caught:
         labels(load(section(folder), 1).train)
-    assert caught.value.message == f"{path}: not a readable image"
+    assert caught.value.message == f"{path}: not a readable image (image file is truncated)"
 
 
 def test_the_first_of_many_unreadable_files_is_named(folder, monkeypatch):

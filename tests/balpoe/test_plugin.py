@@ -280,6 +280,7 @@ def test_a_plugin_of_a_run_is_kept_in_it(balpoe: Call, run: Path, option: str) -
     assert document["class_names"] == NAMES
     expected = fit(OUTPUTS, PluginSection(rates=(0.1, 0.3)), 1).plugin
     assert torch.equal(read_plugin(Path(out.strip())).plugin.alpha, expected.alpha)
+    assert "## Rejection rule `plugin`" in (run / "report.md").read_text()
 
 
 def test_the_result_as_json_is_the_document(balpoe: Call, run: Path) -> None:

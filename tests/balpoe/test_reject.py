@@ -21,6 +21,7 @@ from moectl.cli import _run
 from moectl.common.scores import prior_weights
 from moectl.engine import plot
 from moectl.engine.settings import from_toml
+from tests.faults import odd_images
 
 COUNTS = [400, 150, 60, 15, 8]
 NAMES = ["ant", "bee", "cat", "dog", "eel"]
@@ -338,7 +339,7 @@ def test_images_may_be_of_any_size_and_kind(balpoe: Call, trained: Path) -> None
         ("none", "none: no such folder of images"),
         ("empty", "empty: no image in it"),
         ("file.png", "file.png: no such folder of images"),
-        ("corrupt", "corrupt/b.png: not a readable image"),
+        *((name, f"{name}: {said}") for name, said in odd_images.BROKEN.items()),
     ],
 )
 def test_images_that_cannot_be_read_are_named(
@@ -346,11 +347,10 @@ def test_images_that_cannot_be_read_are_named(
 ) -> None:
     Path("empty").mkdir()
     Path("empty/readme.txt").write_text("no image")
-    Path("corrupt").mkdir()
-    Image.new("RGB", (8, 8)).save("corrupt/a.png")
-    data = Path("corrupt/a.png").read_bytes()
-    Path("corrupt/b.png").write_bytes(data[: len(data) // 2])
-    Path("file.png").write_bytes(data)
+    Image.new("RGB", (8, 8)).save("file.png")
+    if place in odd_images.BROKEN:
+        odd_images.write(Path("empty"), place)
+        place = "empty"
     assert message in refused(balpoe("reject", "--run", str(trained), "--images", place, "--quiet"))
 
 

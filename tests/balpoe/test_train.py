@@ -1,5 +1,6 @@
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 from moectl.balpoe.data import load
 from moectl.balpoe.settings import BalpoeSettings
-from moectl.balpoe.train import build, facts_of, size
+from moectl.balpoe.train import _facts, build, facts_of, size
 from moectl.cli import _run
 from moectl.engine.errors import UserError
 from moectl.engine.settings import resolve
@@ -100,6 +101,27 @@ def test_weights_are_not_read_by_another_prior(trained, monkeypatch, capsys):
             assert _run(["balpoe", "eval", "--run", str(trained)]) == 2
         assert "the weights were trained with" in capsys.readouterr().err
     assert (trained / "evals" / "test@last.json").read_bytes() == before
+
+
+def test_a_training_does_not_go_on_with_another_data_set(trained, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    record = json.loads((folder / "run.json").read_text())
+    assert set(record["data"]["images"]) == {"train", "val", "test"}
+    record["data"]["digest"] = "other"
+    (folder / "run.json").write_text(json.dumps(record))
+    assert _run(["balpoe", "train", "--resume", str(folder), "--epochs", "4", "--quiet"]) == 2
+    assert "began with other images of synthetic" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", ["data.profile=step", "data.val_fraction=0.1"])
+def test_the_digest_tells_classes_and_division_apart(change):
+    def digest(*assignments):
+        settings = settings_of("data.image_size=8", *assignments)
+        return _facts(settings, load(settings.data, 1))["digest"]
+
+    assert digest() == digest()
+    assert digest(change) != digest()
 
 
 def test_an_import_does_not_go_on_with_a_run(trained, capsys):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 from collections.abc import Callable
 from contextlib import redirect_stdout
@@ -20,6 +21,7 @@ from moectl.controller.plans import plan_from
 from moectl.controller.profile import grid_plans, random_plans
 from moectl.controller.records import record
 from moectl.controller.rivals import oracle
+from moectl.controller.settings import ControllerSettings
 from moectl.controller.simulator import Simulator
 from moectl.controller.table import Table, build
 from moectl.controller.timing import Clock
@@ -139,7 +141,7 @@ def test_an_evaluation_says_what_was_measured(evaluated: Path) -> None:
     assert found["policies"] == ["controller", *EVERY.split(",")]
     assert (found["budgets"], found["unit"], found["model"]) == ([120, 200, 330], "ms", "sim")
     assert found["trained_for"] == [100, 340]
-    assert found["choice_ms"] > 0
+    assert found["decide_ms"] > 0
     part = found["datasets"]["sim"]
     assert part["num_samples"] == QUESTIONS
     assert len(part["results"]) == 11 * 3
@@ -298,7 +300,7 @@ def test_the_same_command_finds_the_same(own: Path, controller: Call) -> None:
     words = ("--budget", "150,250", "--num-samples", "5", "--quiet", "--json")
     first, second = (json.loads(controller("eval", *words)[1]) for _ in range(2))
     for found in (first, second):
-        del found["choice_ms"]
+        del found["decide_ms"]
     assert first == second
     assert first["datasets"]["sim"]["num_samples"] == 5
 
@@ -352,7 +354,7 @@ def test_an_evaluation_that_was_stopped_goes_on(
         return answer(self, row, plan)
 
     def document(text: str) -> dict[str, Any]:
-        return {key: value for key, value in json.loads(text).items() if key != "choice_ms"}
+        return {key: value for key, value in json.loads(text).items() if key != "decide_ms"}
 
     words = ("--baseline", "static_full,static_min", "--num-samples", "8", "--budget", "150")
     expected = document(controller("eval", *words, "--json")[1])
@@ -364,6 +366,8 @@ def test_an_evaluation_that_was_stopped_goes_on(
     stop_after = 1000
     assert controller("eval", *words, "--num-samples", "4")[0] == 0  # others than those
     assert kept.exists()
+    code, _, err = controller("eval", *words, "--set", "train.seed=5")  # so are these
+    assert (code, "taken over" in err, kept.exists()) == (0, False, True)
     made[10:] = []
     code, out, err = controller("eval", *words, "--json")
     assert code == 0
@@ -372,6 +376,27 @@ def test_an_evaluation_that_was_stopped_goes_on(
     assert set(made[:10]).isdisjoint(made[10:])
     assert len(set(made)) == 8 * 3
     assert not kept.exists()
+
+
+def test_answers_of_weights_or_questions_that_were_replaced_are_not_taken_over(
+    tmp_path: Path,
+) -> None:
+    weights = tmp_path / "vlm.safetensors"
+    weights.write_bytes(b"")
+    sample = SimpleNamespace(question="which?", answers=("this",))
+    split = SimpleNamespace(ids=["a"], inner=SimpleNamespace(samples=[sample]))
+    world: Any = SimpleNamespace(facts={"model": str(tmp_path)}, splits={evaluation.SPLIT: split})
+    device: Any = SimpleNamespace(device=torch.device("cpu"))
+
+    def place() -> Path:
+        return evaluation._unfinished(tmp_path, ControllerSettings(), world, device)
+
+    before = place()
+    assert place() == before
+    os.utime(weights, (1, 1))
+    replaced = place()
+    sample.answers = ("that",)
+    assert len({before, replaced, place()}) == 3
 
 
 # What is refused

@@ -226,7 +226,7 @@ def test_damaged_files_are_named(publish, tmp_path):
     (tmp_path / "set").mkdir()
     table.to_parquet(tmp_path / "set" / "val.parquet")
     (found,) = read(str(tmp_path / "set"))
-    with pytest.raises(UserError, match=r"val\.parquet: row 0: no readable image"):
+    with pytest.raises(UserError, match=r"val\.parquet: row 0: not a readable image"):
         found.open()
 
 

@@ -140,7 +140,7 @@ def test_file_that_cannot_be_read_is_named(root):
     with pytest.raises(UserError, match=r"no\.jsonl: cannot be read \(No such file"):
         local.jsonl(root / "no.jsonl", root, 1)
     (root / "latin.jsonl").write_bytes(b'{"id": "\xe9"}')
-    with pytest.raises(UserError, match=r"latin\.jsonl: not UTF-8 at byte 8"):
+    with pytest.raises(UserError, match=r"latin\.jsonl: not UTF-8 text \(byte 8\)"):
         local.jsonl(root / "latin.jsonl", root, 1)
     with pytest.raises(UserError, match=r"jsonl needs data\.file"):
         local.jsonl(None, root, 1)

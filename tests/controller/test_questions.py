@@ -77,7 +77,7 @@ def test_a_file_that_cannot_be_read_is_named(folder: Path) -> None:
         questions_of(None, "", "", folder / "none.jsonl")
     strange = folder / "strange.jsonl"
     strange.write_bytes(b'{"image": "\xff"}')
-    with pytest.raises(UserError, match=r"strange\.jsonl: not UTF-8 at byte 11"):
+    with pytest.raises(UserError, match=r"strange\.jsonl: not UTF-8 text \(byte 11\)"):
         questions_of(None, "", "", strange)
     with pytest.raises(UserError, match="holds no question"):
         questions_of(None, "", "", write(folder, "", " "))

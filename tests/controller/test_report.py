@@ -82,7 +82,7 @@ def document(**values: Any) -> dict[str, Any]:
         "unit": "ms",
         "latency": {"source": "measured", "objective": "ttft", "clock": "cpu", "repeats": 5},
         "full_latency": 326.5,
-        "choice_ms": 0.345,
+        "decide_ms": 0.345,
         "controller_ms": 1.5,
         "policies": list(policies),
         "budgets": [100.0, 200.5],

@@ -223,7 +223,7 @@ def test_files_with_more_than_tensors_need_trust():
     with pytest.raises(UserError, match="is not read for safety") as refusal:
         build_backbone("medmae", "weights.pth")
     assert "--allow-pickle" in refusal.value.hint
-    backbone = build_backbone("medmae", "weights.pth", trust_pickle=True)
+    backbone = build_backbone("medmae", "weights.pth", allow_pickle=True)
     assert torch.equal(backbone(pictures()), given(pictures()))
 
 

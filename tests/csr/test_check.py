@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.faults import odd_images
+
 Call = Callable[..., tuple[int, str, str]]
 COLUMNS = ("Nodule/Mass", "Cardiomegaly", "Edema", "Everywhere", "Twin", "Pneumonia", "No finding")
 
@@ -56,6 +58,7 @@ def boxes(folder: Path) -> Path:
     return folder
 
 
+TRAINING = ("--backbone-type", "tiny", "--no-pretrained", "--cpu", "--quiet")
 BOXES = ("--train-bbox-csv", "boxes_train.csv", "--test-bbox-csv", "boxes_test.csv")
 
 
@@ -163,11 +166,21 @@ def test_all_problems_are_listed_at_once(csr: Call, boxes: Path) -> None:
     assert all(line in err for line in problems)
 
 
-def test_unreadable_images_are_not_looked_for_unless_asked(csr: Call, folder: Path) -> None:
-    (folder / "test/test1.png").write_text("no image")
+@pytest.mark.parametrize("name", ["cut.png", "empty.png", "text.png", "huge.png", "large.png"])
+def test_unreadable_images_are_not_looked_for_unless_asked(
+    csr: Call, folder: Path, name: str
+) -> None:
+    odd_images.write(folder, name).replace("test/test1.png")
     assert checked(csr)["problems"] == []
     document = checked(csr, "--images", code=2)
-    assert "test1.png" in document["unreadable_images"]["test"][0]
+    said = odd_images.BROKEN[name]
+    assert document["unreadable_images"]["test"] == [f"test/test1.png: {said}"]
+
+
+def test_odd_images_are_readable(csr: Call, folder: Path) -> None:
+    for number, name in enumerate(odd_images.UNUSUAL):
+        odd_images.write(folder, name).replace(f"test/test{number}.png")
+    assert checked(csr, "--images")["problems"] == []
 
 
 def test_missing_tables_are_both_named(csr: Call, isolated: Path) -> None:
@@ -186,6 +199,98 @@ def test_a_table_that_cannot_be_divided_is_a_problem(csr: Call, folder: Path) ->
     document = checked(csr, code=2)
     assert document["images"] == {"train": 1}
     assert "1 images for validation leaves none to train" in document["problems"][0]
+
+
+def _semicolons(text: str) -> str:
+    return text.replace(",", ";")
+
+
+def _without_header(text: str) -> str:
+    return text.partition("\n")[2]
+
+
+def _value(value: str) -> Callable[[str], str]:
+    """Put a value into the column Cardiomegaly of line 4."""
+
+    def change(text: str) -> str:
+        lines = text.splitlines()
+        cells = lines[3].split(",")
+        lines[3] = ",".join([*cells[:3], value, *cells[4:]])
+        return "\n".join(lines)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda _: "", "holds no row below its header"),
+        (_without_header, "two columns have the same name: "),
+        (_semicolons, "its columns are separated by semicolons, expected commas"),
+        (lambda text: text.replace("image_id", "picture", 1), "has no column 'image_id'"),
+        (lambda text: text.replace("rad_id", "whom", 1), "line 3: image train0 again without a"),
+        (
+            lambda text: text + text.splitlines()[1] + "\n",
+            "line 42: image train0 again by",
+        ),
+        (_value("2"), "line 4, column 'Cardiomegaly': '2', expected 0 or 1"),
+        (_value("yes"), "line 4, column 'Cardiomegaly': 'yes', expected 0 or 1"),
+        (_value("0,5"), "line 4: 10 values, but the header names 9 columns"),
+    ],
+)
+def test_a_table_that_is_wrong_stops_check_and_training_alike(
+    csr: Call, folder: Path, change: Callable[[str], str], said: str
+) -> None:
+    path = folder / "labels_train.csv"
+    path.write_text(change(path.read_text()))
+    (problem, *_) = checked(csr, code=2)["problems"]
+    assert problem.startswith("labels_train.csv")
+    assert said in problem
+    code, out, err = csr("train", *TRAINING)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: labels_train.csv")
+    assert said in err.splitlines()[0]
+    assert all(line.startswith("hint: ") for line in err.splitlines()[1:])
+
+
+def test_a_table_without_a_header_is_asked_for_one(csr: Call, folder: Path) -> None:
+    path = folder / "labels_train.csv"
+    path.write_text(_without_header(path.read_text()))
+    code, _, err = csr("train", *TRAINING)
+    assert (code, err.splitlines()[1]) == (2, "hint: its first line must name the columns")
+
+
+def test_what_spreadsheets_write_is_read_and_empty_labels_are_counted(
+    csr: Call, folder: Path
+) -> None:
+    path = folder / "labels_train.csv"
+    text = _value("NaN")(path.read_text())
+    path.write_text(text, encoding="utf-8-sig", newline="\r\n")
+    document = checked(csr)
+    assert document["problems"] == []
+    assert document["notes"]["empty_cells"]["train"] == {"Cardiomegaly": 1, "Edema": 20}
+
+
+def test_an_image_cannot_be_trained_and_tested_on(csr: Call, folder: Path) -> None:
+    path = folder / "labels_test.csv"
+    lines = path.read_text().splitlines()
+    write(path, *lines, lines[1].replace("test0", "train3"), lines[1].replace("test0", "train7"))
+    for name in ("train3", "train7"):
+        (folder / f"test/{name}.png").symlink_to(folder / f"train/{name}.png")
+    said = "labels_test.csv: 2 of 8 images are training images, too: train3, train7"
+    (problem,) = checked(csr, code=2)["problems"]
+    assert problem.startswith(said)
+    code, out, err = csr("train", *TRAINING)
+    assert (code, out) == (2, "")
+    assert err.endswith(f"error: {said}\nhint: take them out of it, or out of labels_train.csv\n")
+
+
+def test_other_images_may_have_the_same_ids(csr: Call, folder: Path) -> None:
+    path = folder / "labels_test.csv"
+    path.write_text(path.read_text().replace("test", "train"))
+    for number in range(6):
+        (folder / f"test/test{number}.png").rename(folder / f"test/train{number}.png")
+    assert checked(csr)["problems"] == []
 
 
 def test_glyphs_need_no_files(csr: Call, isolated: Path) -> None:

@@ -141,6 +141,8 @@ def test_lesion_is_not_disease():
         (b"image_id,a\n", "holds no row"),
         (b"image_id,a\nx,1\ny,1,1\n", "line 3: 3 values, but the header names 2 columns"),
         (b"image_id,Lung cyst,lung_cyst\nx,1,1\n", "same name: Lung cyst and lung_cyst"),
+        (b"image_id;a\nx;1\n", "columns are separated by semicolons, expected commas"),
+        (b"\xef\xbb\xbfimage_id\ta\nx\t1\n", "columns are separated by tabs, expected commas"),
         (b"image_id,a\n\xff,1\n", r"cannot be read \(not a CSV file in UTF-8\)"),
     ],
 )

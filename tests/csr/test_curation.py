@@ -32,7 +32,7 @@ def file(tmp_path: Path) -> Write:
 
 
 def small_network() -> CSRNet:
-    backbone = build_backbone("tiny", "", pretrained=False, image_size=64, trust_pickle=False)
+    backbone = build_backbone("tiny", "", pretrained=False, image_size=64, allow_pickle=False)
     return CSRNet(backbone, concepts=2, prototypes=3, classes=2, projection=4)
 
 

@@ -75,6 +75,9 @@ def test_every_stage_leaves_the_files_of_the_original(finished_run: Path) -> Non
     assert {path.name for path in finished_run.glob("*.pth")} == set(FILES)
     record = json.loads((finished_run / "run.json").read_text())
     assert [entry["file"] for entry in record["weights"]] == list(FILES)
+    assert list(record["scores"]) == ["task", "prototype", "concept"]
+    assert record["scores"]["concept"]["epoch"] == record["weights"][0]["epoch"]
+    assert next(name for name in record["scores"]["task"] if name != "epoch") == "task_auroc"
     stages = ("concept", "prototype", "task", "task")
     for name, stage in zip(FILES, stages, strict=True):
         sidecar = json.loads((finished_run / f"{name}.json").read_text())

@@ -305,6 +305,23 @@ def test_out_of_memory_is_told_of_one_variant(tmp_path, diffusion, monkeypatch):
     assert rows_of(tmp_path / "a")["no_freq"]["failed"] == "too much"
 
 
+def test_out_of_memory_in_one_of_several_processes_ends_them_all(monkeypatch):
+    from types import SimpleNamespace
+
+    import torch
+
+    from moectl.diffusion import ablate as module
+
+    def fail(*_):
+        raise torch.OutOfMemoryError("too much")
+
+    monkeypatch.setattr(module, "agree", lambda *_: None)
+    monkeypatch.setattr(module, "_train", fail)
+    run = SimpleNamespace(folder=Path(), accelerator=SimpleNamespace(num_processes=2))
+    with pytest.raises(torch.OutOfMemoryError):
+        module._row(run, "no_freq", DiffusionSettings(), {}, lambda: None)
+
+
 def test_a_signal_at_the_end_of_a_variant_is_heard(tmp_path, diffusion, monkeypatch):
     import os
     import signal

@@ -138,7 +138,7 @@ def test_set_without_images_is_refused(publish, tmp_path):
 def test_missing_image_is_one_sentence(publish):
     name = publish(train=([*pictures(3), None], None))
     data = load(section(name, val_fraction=0.25))
-    with pytest.raises(UserError, match=r"train:3 is no readable image$"):
+    with pytest.raises(UserError, match=r"train:3: not a readable image \(there is none\)$"):
         _ = everything(data.train), everything(data.test)
 
 

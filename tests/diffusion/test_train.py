@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from moectl.diffusion import train
+from moectl.diffusion import train, usage
 from moectl.diffusion.blocks import MixtureBlock
 from moectl.diffusion.measures import step_of
 from moectl.diffusion.model import UNet, build
@@ -363,6 +363,23 @@ def test_idle_experts_are_counted_and_told_of(
     row = rows(folder)[0]
     found = [float(row[f"load/{name}"]) for name in ("largest", "entropy", "dead")]
     assert found == pytest.approx([3, 0, 6])
+
+
+def test_an_expert_that_every_image_goes_to_is_told_of(
+    fit: Fit, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def one_ahead(logits: torch.Tensor, k_active: int) -> torch.Tensor:
+        return torch.tensor([0.5, 0.25, 0.25])
+
+    monkeypatch.setattr(usage, "shares", one_ahead)
+    values = {"train__epochs": 10, "model__num_experts": 3, "model__k_active": 2}
+    with caplog.at_level(logging.WARNING):
+        folder = fit(**values)
+    told = [record.getMessage() for record in caplog.records]
+    assert [float(row["load/largest"]) for row in rows(folder)] == pytest.approx([1.5] * 10)
+    assert [line.partition(" (")[0] for line in told] == [
+        f"one expert of a block gets every image in epoch {epoch}" for epoch in (1, 10)
+    ]
 
 
 def test_a_flat_folder_of_images_is_one_class(

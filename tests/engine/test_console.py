@@ -23,6 +23,22 @@ def test_result_is_text_or_json_but_never_both(capsys: pytest.CaptureFixture[str
     assert err == ""
 
 
+def test_markdown_is_drawn_on_a_terminal_and_left_alone_in_a_pipe(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    console.setup()
+    text = console.Markdown("## Front\n\n| policy | ms |\n| --- | ---: |\n| lut | 31.8 |\n")
+    console.result({}, text)
+    assert capsys.readouterr().out == text
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    console.result({}, text)
+    drawn = capsys.readouterr().out
+    assert "Front" in drawn
+    assert "lut" in drawn
+    assert "|" not in drawn
+    assert "#" not in drawn
+
+
 def test_json_has_no_nan() -> None:
     console.setup(as_json=True)
     with pytest.raises(ValueError, match="JSON"):

@@ -82,3 +82,20 @@ def test_what_is_not_there_is_refused(tmp_path: Path) -> None:
         files.require_file(tmp_path)
     with pytest.raises(UserError, match="no such folder"):
         files.require_folder(file)
+
+
+@pytest.mark.parametrize("data", [b"a\nb", b"\xef\xbb\xbfa\nb", b"a\r\nb"])
+def test_text_is_read_whatever_wrote_it(tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "text"
+    path.write_bytes(data)
+    assert files.read_text(path) == "a\nb"
+
+
+def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "latin").write_bytes(b"caf\xe9")
+    with pytest.raises(UserError, match=r"latin: not UTF-8 text \(byte 3\)"):
+        files.read_text(tmp_path / "latin")
+    for read in (files.read_bytes, files.read_text):
+        with pytest.raises(UserError, match=r"none: cannot be read \(No such file") as caught:
+            read(tmp_path / "none", "look elsewhere")
+        assert caught.value.hint == "look elsewhere"

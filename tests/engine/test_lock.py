@@ -26,6 +26,12 @@ def test_the_second_writer_is_refused_and_told_who_is_first(tmp_path: Path) -> N
     Lock(tmp_path).release()
 
 
+def test_a_folder_that_takes_no_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run.lock").mkdir()
+    with pytest.raises(UserError, match=r"run\.lock: cannot be written \(Is a directory\)$"):
+        Lock(tmp_path)
+
+
 def test_a_file_system_without_locks_is_only_warned_about(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

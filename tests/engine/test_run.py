@@ -38,6 +38,17 @@ def test_a_new_run_records_what_it_is(toy: ModuleType, isolated: Path) -> None:
     assert from_toml(toy.ToySettings, run.folder / "settings.toml") == toy.settings()
 
 
+def test_a_run_keeps_to_the_images_it_began_with(toy: ModuleType) -> None:
+    facts = {"dataset": "cats", "images": {"train": 3}, "digest": "a", "mean": 0.5}
+    with opened(toy) as run:
+        run.keep_to(facts)
+        run.keep_to({**facts, "mean": 0.25})
+        assert run.record["data"] == {**facts, "mean": 0.25}
+        with pytest.raises(UserError, match=r"other images of cats: \{'train': 3\} then, "):
+            run.keep_to({**facts, "digest": "b", "images": {"train": 4}})
+        assert run.record["data"]["digest"] == "a"
+
+
 def test_runs_of_one_second_get_folders_of_their_own(toy: ModuleType) -> None:
     runs = []
     for _ in range(3):
@@ -174,6 +185,23 @@ def test_two_writers_of_one_folder_are_refused(toy: ModuleType) -> None:
         toy.open_run(first.folder, toy.settings(), resume="named")
     with toy.open_run(first.folder, toy.settings(), resume="named"):
         pass
+
+
+def test_the_last_words_of_whoever_had_the_run_before_are_not_lost(
+    toy: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = opened(toy)
+    first.__enter__()
+    look = engine.environment
+
+    def slow(accelerator: Any) -> dict[str, Any]:
+        first.note(scores={"last": 1})
+        first.__exit__(None, None, None)
+        return look(accelerator)
+
+    monkeypatch.setattr(engine, "environment", slow)
+    with toy.open_run(first.folder, toy.settings(), resume="named") as run:
+        assert run.record["scores"] == {"last": 1}
 
 
 def test_reopening_counts_time_and_sittings(toy: ModuleType) -> None:

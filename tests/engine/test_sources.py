@@ -203,6 +203,10 @@ def folder(samples: int, workers: int) -> FolderSource:
     return FolderSource(items, lambda path: plain(path) + torch.rand(1), plain, workers)
 
 
+def test_more_workers_than_cores_are_no_reason_to_warn() -> None:
+    assert sum(len(labels) for _, labels in folder(20, 64).ordered(8, CPU)) == 20
+
+
 def test_loader_workers_give_the_same_batches_as_none() -> None:
     def batches(workers: int) -> list[Any]:
         torch.rand(workers)  # what was drawn before does not matter

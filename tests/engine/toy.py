@@ -149,6 +149,20 @@ def train(run: Any, on_step: Any = lambda _, loss: loss, net: Any = None, data: 
     return loop
 
 
+def collect(samples: int) -> dict[str, Any]:
+    """Outputs, labels and their mean over all processes, of a network that is exact."""
+    from moectl.engine.inference import predict
+    from moectl.engine.launch import build_accelerator
+
+    def forward(images: Any) -> Any:
+        return (images * 255).round().flatten(1)[:, :5]
+
+    accelerator = build_accelerator(settings().train, cpu=True)
+    outputs, labels = predict(forward, source(samples), accelerator, batch_size=2)
+    found = {"outputs": outputs.tolist(), "labels": labels.tolist()}
+    return {**found, "mean": outputs.mean().item()}
+
+
 def open_run(folder: Path, options: ToySettings, *, resume: str = "") -> Any:
     from moectl.engine import run
     from moectl.engine.launch import build_accelerator
@@ -229,9 +243,15 @@ def main(words: list[str]) -> int:
     """One training: `FOLDER [resume=auto|named] [FAULT=UPDATE] [slow=S] [workers=N] [a__b=value]`.
 
     FAULT is one of kill, term, int, usr1, nan, crash. `HARM_RANK` picks the process that is hit.
+    Or `collect FILE N…`: write the outputs for sets of N images into FILE-RANK.json.
     Several such groups of words, with `--` between them, run one after another in the same
     processes.
     """
+    if words[0] == "collect":
+        found = [collect(int(samples)) for samples in words[2:]]
+        rank = os.environ.get("RANK", "0")
+        Path(f"{words[1]}-{rank}.json").write_text(json.dumps(found), encoding="utf-8")
+        return 0
     folder, given = Path(words[0]), dict(word.split("=") for word in words[1:])
     resume, slow = given.pop("resume", ""), float(given.pop("slow", 0))
     workers = given.pop("workers", None)

@@ -3,6 +3,7 @@
 import csv
 import os
 import signal
+import socket
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -346,6 +347,28 @@ def killed(moment: str, work: Callable[[], object]) -> int:
             return work()
 
     return exit_code(doomed)
+
+
+@contextmanager
+def without_network() -> Iterator[list[str]]:
+    """Refuse every connection to another machine; yield those that were tried."""
+    tried: list[str] = []
+    connect = socket.socket.connect
+
+    def refuse(*given: Any, **_: Any) -> None:
+        tried.append(str(given))
+        raise OSError("there is no network")
+
+    def connecting(one: socket.socket, place: Any) -> None:
+        if one.family != socket.AF_UNIX:  # between processes of this machine
+            refuse(place)
+        connect(one, place)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", connecting)
+        patch.setattr(socket.socket, "connect_ex", connecting)
+        patch.setattr(socket, "getaddrinfo", refuse)
+        yield tried
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import stat
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -54,16 +55,24 @@ def train(home: Path) -> Callable[..., int]:
 
 @pytest.fixture(scope="module")
 def whole(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
-    """Undisturbed runs: under a path that is easily misread, with files for nobody else."""
+    """Undisturbed runs: without a network, by a clock that goes back by a day now and then.
+
+    They lie under a path that is easily misread, and their files are for nobody else.
+    """
+    days = itertools.count()
+    now = time.time
 
     @functools.cache
     def made(procedure: Procedure) -> Path:
         folder = tmp_path_factory.mktemp("whole") / "Größe 1 ü & 'x'" / "%s [run]"
         before = os.umask(0o077)
         try:
-            assert _run([*procedure.command(home), "--out", str(folder)]) == 0
+            with procedures.without_network() as tried, pytest.MonkeyPatch.context() as patch:
+                patch.setattr(time, "time", lambda: now() - 86_400 * (next(days) // 5))
+                assert _run([*procedure.command(home), "--out", str(folder)]) == 0
         finally:
             os.umask(before)
+        assert not tried
         return folder
 
     return made
@@ -226,6 +235,26 @@ def test_a_finished_run_is_refused_other_settings_and_left_as_it_is(
     with disturbed("update 1", lambda: pytest.fail("it trains again")):
         assert train(procedure, folder) == 0
     same(procedure, folder, whole(procedure))
+
+
+@pytest.mark.parametrize("procedure", [one for one in PROCEDURES if one.name != "controller-grpo"])
+def test_a_training_does_not_go_on_with_other_data(
+    train: Callable[..., int],
+    whole: Whole,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    procedure: Procedure,
+) -> None:
+    folder = shutil.copytree(whole(procedure), tmp_path / "run")
+    if procedure.name == "diffusion-ablate":
+        shutil.rmtree(folder / "variants" / "no_freq")  # else nothing is left to train
+    split = folder / "splits.json"
+    path, key = (split, "train") if split.exists() else (folder / "run.json", "digest")
+    text = path.read_text()
+    path.write_text(text.replace(f'"{key}": ', f'"{key}": "other", "own": '))
+    assert path.read_text() != text
+    assert train(procedure, folder, "--quiet") == 2
+    assert "other images" in capsys.readouterr().err
 
 
 @EACH

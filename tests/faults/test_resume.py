@@ -155,6 +155,9 @@ def test_workers_change_nothing(toy: ModuleType, tmp_path: Path) -> None:
     assert toy.metrics(tmp_path / "0") == toy.metrics(tmp_path / "2")
 
 
+UNEVEN = (1, 7, 9, 31)
+
+
 def test_two_processes(toy: ModuleType, whole: Path, tmp_path: Path) -> None:
     """Stop, resume and a broken loss in two real processes; one start, as it takes seconds."""
     a, b, c = (str(tmp_path / name) for name in "abc")
@@ -170,13 +173,17 @@ def test_two_processes(toy: ModuleType, whole: Path, tmp_path: Path) -> None:
         c,
         "nan=5",
         "train__save_minutes=0",
+        "--",
+        "collect",
+        str(tmp_path / "found"),
+        *map(str, UNEVEN),
     ]
     with toy.launch(*words, processes=2, env={"HARM_RANK": "1"}) as program:
         out, err = program.communicate(timeout=120)
     assert out, err
     codes = json.loads(out.splitlines()[-1])
 
-    assert codes == [0, 75, 0, 1], err
+    assert codes == [0, 75, 0, 1, 0], err
     same(toy, Path(a), Path(b))
     assert toy.status(Path(b))[0] == "finished"
     assert json.loads((Path(a) / "run.json").read_text())["processes"] == 2
@@ -190,6 +197,12 @@ def test_two_processes(toy: ModuleType, whole: Path, tmp_path: Path) -> None:
 
     with pytest.raises(UserError, match="begun with 2 processes, resumed with 1"):
         toy.complete(Path(a), resume="named")
+
+    # Sets that do not divide by two: nothing is lost, doubled or out of order on either process.
+    expected = [toy.collect(samples) for samples in UNEVEN]
+    assert [len(one["labels"]) for one in expected] == list(UNEVEN)
+    for rank in (0, 1):
+        assert json.loads((tmp_path / f"found-{rank}.json").read_text()) == expected
 
 
 @pytest.mark.parametrize("fault", ["kill", "crash"])

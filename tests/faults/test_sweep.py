@@ -1,4 +1,4 @@
-"""F29: a sweep that is killed, with the cell that runs, ends in the same weights and table."""
+"""A sweep that is killed, with the cell that runs, ends in the same weights and table."""
 
 import csv
 import json
@@ -16,7 +16,10 @@ seeds = [1, 2]
 
 [settings]
 data.dataset = "synthetic"
+data.image_size = 8
 model.experts = 2
+model.layer2_dimension = 16
+model.layer3_dimension = 16
 loss.tau_list = "0;2"
 train.epochs = 2
 train.batch_size = 64

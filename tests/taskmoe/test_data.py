@@ -324,3 +324,17 @@ def test_images_of_one_colour_are_refused(tmp_path):
     write_data_file(tmp_path / "a.pth", torch.zeros(4, 3, 8, 8, dtype=torch.uint8), [1] * 4)
     with pytest.raises(UserError, match="of one colour"):
         load(section(tmp_path, str(tmp_path / "m.toml")))
+
+
+def test_the_digest_tells_images_and_their_division_apart(task_a):
+    def digest(**changes):
+        return load(section(task_a, "A", **changes)).facts["digest"]
+
+    same = digest()
+    assert digest() == same
+    assert digest(split_seed=99) != same
+    path = task_a / "TaskA" / TASK_A.specialists[0].train
+    content = torch.load(path, weights_only=True)
+    content["data"][3, 0, 0, 0] ^= 1
+    torch.save(content, path)
+    assert digest() != same

@@ -20,6 +20,7 @@ from moectl.taskmoe.data import load
 from moectl.taskmoe.inference import open_mixture
 from moectl.taskmoe.predict import lines, run_predict
 from moectl.taskmoe.settings import DataSection, TaskmoeSettings
+from tests.faults import odd_images
 
 Call = Callable[..., tuple[int, str, str]]
 
@@ -149,11 +150,14 @@ def test_weights_without_statistics_take_those_of_the_task(
 
 def test_what_is_no_image_is_named_and_left_out(taskmoe: Call, runs: Path, folder: Path) -> None:
     expected = predicted(runs, folder)
-    (folder / "deep" / "broken.png").write_text("no image")
+    for name in odd_images.BROKEN:
+        odd_images.write(folder / "deep", name)
     code, out, err = taskmoe("predict", str(folder), "--run", f"{runs}/t", "--cpu", "--json")
     assert (code, json.loads(out)) == (1, expected)
-    assert "deep/broken.png: not a readable image" in err
-    assert f"1 of {len(NAMES) + 1} images could not be read" in err
+    said = [f"warning: {folder}/deep/{name}: {text}" for name, text in odd_images.BROKEN.items()]
+    total = len(NAMES) + len(odd_images.BROKEN)
+    assert sorted(err.splitlines()[:-1]) == sorted(said)
+    assert f"{len(odd_images.BROKEN)} of {total} images could not be read" in err
 
 
 def test_16_bit_images_are_scaled_not_cut_off(runs: Path, tmp_path: Path) -> None:

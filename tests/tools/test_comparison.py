@@ -56,8 +56,8 @@ def test_a_metric_that_a_run_lacks_is_refused() -> None:
 
 
 def test_only_numbers_that_all_runs_have_are_scores() -> None:
-    one = {"best": {"epoch": 3, "images": 9, "accuracy": 0.5, "ece": None, "own": 1.0}}
-    other = {"best": {"epoch": 4, "images": 8, "accuracy": 0.25, "ece": 0.1}}
+    one = {"best": {"epoch": 3, "images": 9, "accuracy": 0.5, "ece": None, "tuned": True}}
+    other = {"best": {"epoch": 4, "images": 8, "accuracy": 0.25, "ece": 0.1, "tuned": True}}
     found = shared_scores([{"scores": one}, {"scores": other}])
     assert found == {"best.accuracy": [0.5, 0.25]}
     assert shared_scores([{"scores": one}, {}]) == {}

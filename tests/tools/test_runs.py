@@ -93,6 +93,18 @@ def test_list_has_the_newest_first_with_its_score(capsys: pytest.CaptureFixture[
     assert "1 min 15 s" in out
 
 
+def test_list_shows_the_newest_stage_of_a_run_of_stages(capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_run("staged", scores={"task": {"epoch": 7, "auroc": 0.9}})
+    (folder / "metrics.csv").rename(folder / "metrics_concept.csv")
+    place = {"update": 70, "epoch": 7, "elapsed_seconds": 9.0}
+    MetricsFile(folder / "metrics_a_later_stage.csv").write({**place, "val/auroc": 0.9})
+    (entry,) = answer(capsys, "list")
+    assert (entry["epoch"], entry["epochs"], entry["update"]) == (7, None, 70)
+    assert entry["score"] == {"name": "task/auroc", "value": 0.9}
+    assert run("list") == 0
+    assert "7/" not in capsys.readouterr().out
+
+
 def test_list_of_one_status(capsys: pytest.CaptureFixture[str]) -> None:
     make_run("a")
     make_run("b", status="failed")

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import signal
@@ -8,9 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 
 from moectl import cli
 from moectl.engine.lock import Lock
+from moectl.engine.settings import nest
+from moectl.tools import sweep_table
+from moectl.tools.sweep_plan import read_plan
 
 Calls = Callable[[], list[list[str]]]
 Say = Callable[..., None]
@@ -136,6 +141,39 @@ def test_what_changes_no_score_may_change(behave: Say, sweep_file: Write) -> Non
     assert sweep() == 0
 
 
+BATCHES = "[grid]\ntrain.batch_size = [64]"
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        (BATCHES, "[grid]\neval.batch_size = [64]", "train.batch_size = 128 (the sweep has 64)"),
+        ("", "[settings]\ndata.train_list = 'x.txt'", "data.train_list = 'x.txt' (the sweep has"),
+        ("[settings]\ndata.train_list = 'x.txt'", "", "data.train_list = None (the sweep has"),
+    ],
+)
+def test_a_trained_cell_of_the_same_name_must_be_the_same_cell(
+    behave: Say,
+    sweep_file: Write,
+    capsys: pytest.CaptureFixture[str],
+    first: str,
+    second: str,
+    message: str,
+) -> None:
+    plan = read_plan(sweep_file(first, seeds=[1]))
+    sweep()
+    (cell,) = plan.cells
+    tables = tomli_w.dumps(nest(cell.settings))
+    (FOLDER / cell.name / "settings.toml").write_text(tables)
+    assert sweep() == 0
+    assert [one.name for one in read_plan(sweep_file(second, seeds=[1])).cells] == [cell.name]
+    capsys.readouterr()
+    assert sweep() == 2
+    err = capsys.readouterr().err
+    assert f"error: {FOLDER / cell.name}: trained with other settings: " in err
+    assert message in err
+
+
 def test_measured_scores_take_the_place_of_the_trainings(
     behave: Say, calls: Calls, sweep_file: Write, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -234,6 +272,35 @@ def test_a_folder_that_is_no_sweep_is_left_alone(
     assert sweep("--out", "mine") == 0
     assert sweep("--out", "s.toml") == 2
     assert "s.toml: cannot be created (File exists)" in capsys.readouterr().err
+
+
+def test_a_sweep_whose_disk_was_full_at_first_begins_later(
+    behave: Say, sweep_file: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    sweep_file(seeds=[1])
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep_table, "write_json", full)
+        with pytest.raises(OSError, match="No space"):
+            sweep()
+    assert sweep() == 0
+
+
+def test_cells_that_are_done_cost_no_writing(
+    behave: Say, sweep_file: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[object] = []
+    real = sweep_table.write_json
+    monkeypatch.setattr(
+        sweep_table, "write_json", lambda *words: (written.append(words), real(*words))
+    )
+    sweep_file(GRID)
+    sweep()
+    assert len(written) == 7  # before every cell, and at the end
+    sweep()
+    assert len(written) == 8
 
 
 def test_a_second_sweep_at_the_same_time_is_refused(

@@ -176,6 +176,14 @@ def test_a_failed_measurement_says_so(
     assert scores_of(plan, plan.cells[0]) == {"scores.measured": 1}
 
 
+def test_a_command_without_scores_measures_nothing(
+    behave: Say, attend: Callable[..., Plan]
+) -> None:
+    behave(eval="list")
+    with pytest.raises(RunFailed, match="balpoe eval: answers with a list, not"):
+        attend(eval="balpoe eval")
+
+
 def test_a_second_sweep_of_a_folder_is_refused(tmp_path: Path) -> None:
     stop = StopRequest()
     with (
@@ -218,6 +226,15 @@ def end(orphan: "subprocess.Popen[bytes]") -> None:
     if not orphan.stdin.closed:
         orphan.stdin.write(b"\n")
         orphan.stdin.close()
+
+
+def test_a_lock_that_nobody_can_take_is_not_waited_for(tmp_path: Path) -> None:
+    (tmp_path / "cell.lock").mkdir()
+    with (
+        pytest.raises(UserError, match=r"cell\.lock: cannot be written"),
+        alone(tmp_path, StopRequest()),
+    ):
+        pass
 
 
 def test_waiting_for_a_cell_can_be_stopped(tmp_path: Path) -> None:

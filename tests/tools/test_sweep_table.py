@@ -1,6 +1,8 @@
 import csv
 import json
+import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +151,14 @@ def test_the_report_has_the_table_and_a_picture(sweep_file: Write, grid: str) ->
         line.startswith(f"| [{plan.cells[0].name}]({plan.cells[0].name}/)") for line in lines
     )
     assert (plan.folder / "plots" / "scores.png").stat().st_size > 1000
+
+
+def test_a_report_names_its_file_whatever_that_is_called(sweep_file: Write) -> None:
+    plan = read_plan(sweep_file(seeds=[1]))
+    plan.folder.mkdir(parents=True)
+    odd = replace(plan, file=os.fsdecode(b"a \xff.toml"))
+    report(odd, collect(odd, {}), [])
+    assert "`moectl sweep 'a ?.toml'`" in (plan.folder / "report.md").read_text()
 
 
 def test_no_scores_no_picture(sweep_file: Write) -> None:
