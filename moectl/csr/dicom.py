@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moectl.engine.errors import UserError
+from moectl.engine.images import MOST_PIXELS, TOO_LARGE
 
 DICOM_SUFFIXES = (".dicom", ".dcm")
 _PERCENTILES = (0.5, 99.5)
@@ -101,6 +102,8 @@ def _brightness(dataset: Any) -> NDArray[np.float32]:
     pixels: Any = import_module("pydicom.pixels")
     if int(dataset.get("NumberOfFrames", 1) or 1) > 1:
         raise ValueError(f"{dataset.NumberOfFrames} frames, expected one")
+    if int(dataset.Rows) * int(dataset.Columns) > MOST_PIXELS:
+        raise ValueError(TOO_LARGE)
     raw = pixels.pixel_array(dataset)
     if raw.ndim == 3:
         return raw.astype(np.float32) / np.float32(2 ** int(dataset.BitsStored) - 1)

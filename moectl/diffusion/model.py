@@ -51,6 +51,23 @@ class _Up(nn.Module):
         self.conv_block = block(inputs + skip, channels, form)
 
 
+def _bottleneck(channels: int, form: Form, *, freq: bool) -> nn.Module:
+    if not freq:
+        return block(channels, channels, form)
+    if form.film:
+        return BandModule(channels, form.time, form.label)
+    return ChannelGain(channels, form.time)
+
+
+def _head(channels: int, outputs: int, *, zero: bool) -> nn.Module:
+    """Return the last layers; zero predicts no noise before the first update."""
+    last = nn.Conv2d(channels, outputs, 3, padding=1)
+    if zero:
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)  # type: ignore[arg-type]
+    return nn.Sequential(nn.GroupNorm(8, channels), nn.GELU(), last)
+
+
 def _names(levels: int, *, freq: bool) -> list[str]:
     first = [f"encoder {number}" for number in range(levels - 1)]
     last = [f"decoder {number}" for number in range(levels)]
@@ -139,13 +156,7 @@ class UNet(nn.Module):
         )
         before = widths[-2] if self.levels > 1 else first
         self.bottleneck_proj = nn.Conv2d(before, last, 3, stride=2, padding=1)
-        self.bottleneck: nn.Module
-        if not freq:
-            self.bottleneck = block(last, last, form)
-        elif own:
-            self.bottleneck = BandModule(last, time_dim, class_dim)
-        else:
-            self.bottleneck = ChannelGain(last, time_dim)
+        self.bottleneck = _bottleneck(last, form, freq=freq)
         skips = [first, *widths[:-1]]  # of the input, then of every level
         outputs = [first, *widths[:-1]]
         rising = [last, *reversed(outputs)][: self.levels]
@@ -153,11 +164,7 @@ class UNet(nn.Module):
             _Up(before, skip, after, form)
             for before, skip, after in zip(rising, reversed(skips), reversed(outputs), strict=True)
         )
-        head = nn.Conv2d(first, in_channels, 3, padding=1)
-        if own:
-            nn.init.zeros_(head.weight)
-            nn.init.zeros_(head.bias)  # type: ignore[arg-type]
-        self.output_proj = nn.Sequential(nn.GroupNorm(8, first), nn.GELU(), head)
+        self.output_proj = _head(first, in_channels, zero=own)
         self.blocks = _names(self.levels, freq=freq) if moe else []
         """Names of the blocks of experts, in the order of their logits."""
         if not own and not moe:  # nothing but routers would hear of the class

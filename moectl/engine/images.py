@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 MOST_PIXELS = 90_000_000
 """Of an image: a small file may promise so many that they fill the memory."""
+TOO_LARGE = f"more than {MOST_PIXELS // 10**6} million pixels"
 
 _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, MemoryError, struct.error, zlib.error)
 _PILLOW = re.compile(r"PIL\.")
@@ -79,8 +80,7 @@ def readable(name: str | Path) -> Iterator[None]:
     except FileNotFoundError:
         raise UserError(f"{name}: no such image") from None
     except Image.DecompressionBombError:
-        most = f"more than {MOST_PIXELS // 10**6} million pixels"
-        raise UserError(f"{name}: not a readable image ({most})", "make it smaller") from None
+        raise UserError(f"{name}: not a readable image ({TOO_LARGE})", "make it smaller") from None
     except UnidentifiedImageError:
         raise UserError(f"{name}: not a readable image") from None
     except _DAMAGE as error:

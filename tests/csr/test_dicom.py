@@ -151,6 +151,15 @@ def test_damage_is_an_error_never_black(save, tmp_path):
         dicom_size(tmp_path / "text.dcm")
 
 
+def test_a_small_file_that_promises_a_huge_picture_is_refused_before_decoding(save, monkeypatch):
+    import pydicom.pixels
+
+    path = save(Rows=30_000, Columns=30_000)
+    monkeypatch.setattr(pydicom.pixels, "pixel_array", None)  # calling it would be a TypeError
+    with pytest.raises(UserError, match="more than 90 million pixels"):
+        read_dicom(path)
+
+
 def test_film_and_empty_picture_are_refused(save):
     with pytest.raises(UserError, match="2 frames, expected one"):
         read_dicom(save(pixels=PIXELS.repeat(2, 0), Rows=20, NumberOfFrames=2))
