@@ -74,6 +74,7 @@ def read_dicom(path: Path) -> NDArray[np.float32]:
     # A decoder for compressed pixels that is missing is a RuntimeError, as is its failure.
     except (
         AttributeError,
+        IndexError,
         KeyError,
         NotImplementedError,
         RuntimeError,
@@ -107,8 +108,10 @@ def _brightness(dataset: Any) -> NDArray[np.float32]:
     raw = pixels.pixel_array(dataset)
     if raw.ndim == 3:
         return raw.astype(np.float32) / np.float32(2 ** int(dataset.BitsStored) - 1)
+    if dataset.PhotometricInterpretation not in ("MONOCHROME1", "MONOCHROME2"):
+        raise ValueError(f"pixels are {dataset.PhotometricInterpretation}, expected grey or RGB")
     values = pixels.apply_modality_lut(raw, dataset)
-    if "VOILUTSequence" in dataset:
+    if any("LUTData" in table for table in dataset.get("VOILUTSequence") or ()):
         bits = int(dataset.VOILUTSequence[0].LUTDescriptor[2])
         shown = pixels.apply_voi_lut(values, dataset) / (2**bits - 1)
     elif all(dataset.get(name) not in (None, "") for name in ("WindowCenter", "WindowWidth")):
@@ -118,6 +121,8 @@ def _brightness(dataset: Any) -> NDArray[np.float32]:
         )
     else:
         shown = stretched(values)
+    if not np.isfinite(shown).all():
+        raise ValueError("pixels, or their window, are no finite numbers")
     inverted = dataset.PhotometricInterpretation == "MONOCHROME1"
     return np.clip(1 - shown if inverted else shown, 0, 1).astype(np.float32)
 

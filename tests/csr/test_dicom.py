@@ -160,6 +160,33 @@ def test_a_small_file_that_promises_a_huge_picture_is_refused_before_decoding(sa
         read_dicom(path)
 
 
+def test_a_broken_table_is_an_error_and_one_without_values_does_not_count(save):
+    from pydicom.dataset import Dataset
+    from pydicom.sequence import Sequence
+
+    plain = read_dicom(save())
+    table = Dataset()
+    for tables in ([], [table]):
+        np.testing.assert_array_equal(read_dicom(save(VOILUTSequence=Sequence(tables))), plain)
+    table.LUTDescriptor, table.LUTData = [600, 1000], PIXELS.tobytes()
+    with pytest.raises(UserError, match="not a readable DICOM image"):
+        read_dicom(save(VOILUTSequence=Sequence([table])))
+
+
+@pytest.mark.filterwarnings("ignore:Invalid value for VR DS")
+@pytest.mark.parametrize(
+    ("elements", "message"),
+    [
+        ({"WindowCenter": "nan", "WindowWidth": "600"}, "no finite numbers"),
+        ({"RescaleSlope": "nan", "RescaleIntercept": "0"}, "no finite numbers"),
+        ({"PhotometricInterpretation": "PALETTE COLOR"}, "PALETTE COLOR, expected grey or RGB"),
+    ],
+)
+def test_pixels_without_a_brightness_are_refused(save, elements, message):
+    with pytest.raises(UserError, match=message):
+        read_dicom(save(**elements))
+
+
 def test_film_and_empty_picture_are_refused(save):
     with pytest.raises(UserError, match="2 frames, expected one"):
         read_dicom(save(pixels=PIXELS.repeat(2, 0), Rows=20, NumberOfFrames=2))
