@@ -109,9 +109,9 @@ def _importance(folder: Path, found: Document) -> str:
         if halves is not None
         else "",
     ]
-    best = sorted(beam, key=lambda one: (one["loss"], -len(one["removed"])))[:_BEST]
+    best = sorted(beam, key=lambda one: (one["drop"], -len(one["removed"])))[:_BEST]
     sets = [
-        (", ".join(map(str, one["removed"])), percent(one["accuracy"]), f"{100 * one['loss']:.1f}")
+        (", ".join(map(str, one["removed"])), percent(one["metric"]), f"{100 * one['drop']:.1f}")
         for one in best
     ]
     return paragraphs(

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from moectl.controller.importance import Removal, write_importance
 from moectl.controller.report import report
 from moectl.controller.report_profile import profile, toy
 from moectl.engine import plot
@@ -100,17 +101,14 @@ def test_a_budget_begins_a_row_only_where_the_plan_changes(folder: Path) -> None
 
 
 def test_blocks_are_ranked_and_sets_of_them_listed(folder: Path) -> None:
-    beam = [
-        {"removed": [1], "accuracy": 0.5, "loss": 0.25},
-        {"removed": [1, 2], "accuracy": 0.75, "loss": 0.0},
-    ]
+    beam = [Removal((1,), 0.5, 0.25), Removal((1, 2), 0.75, 0.0)]
     meta = {"method": "kl", "samples": 8, "split": "val", "not_measured": [0]}
-    found = {
-        "importance_scores": {"0": 1.0, "1": 0.1, "2": 0.3},
-        "beam": beam,
-        "meta": {**meta, "spearman_of_halves": None},
-    }
-    (folder / "importance.json").write_text(json.dumps(found))
+    write_importance(
+        folder / "importance.json",
+        {0: 1.0, 1: 0.1, 2: 0.3},
+        {**meta, "spearman_of_halves": None},
+        beam,
+    )
     text = "\n\n".join(profile(folder))
     assert "Score: divergence of the answer without the block, mean over 8 val questions." in text
     assert "Always run, and not measured: block 0." in text
