@@ -64,9 +64,8 @@ def test_prototypes_look_outside_of_the_boxes_where_there_is_a_shortcut(
     marked: Any, clean: Any
 ) -> None:
     assert outside(marked) > 0.7
-    assert (
-        outside(clean) < outside(marked) - 0.1
-    )  # how far apart depends on the processor's rounding
+    # How far apart they are depends on the rounding of the processor.
+    assert outside(clean) < outside(marked) - 0.1
     main = max(marked.own, key=lambda one: one["hits"])
     assert main["suspect"], "the one that most images are nearest to"
 
